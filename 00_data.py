@@ -1,0 +1,723 @@
+"""Stage 0: problems in one format, from the built-in generator or from a public data set.
+
+Writes  data/<dataset>/{sft,rm,ppo,validation,test}.jsonl (the splits that the data set has) and stage_config.json.
+Reads   nothing, a data set of the Hugging Face hub, or a local copy of its records (`--file`).
+
+One line of data/tiny/sft.jsonl, spread out:
+
+    {"task_id": "tiny/sft/2",
+     "prompt": "\"\"\"keep the numbers above 3, then reverse the list, then add up the numbers.\"\"\"\ndef solve(xs):\n",
+     "prefix": "def solve(xs):\n",                                       code before the response
+     "setup": "",                                                        code that runs after it, before the tests
+     "entry_point": "solve",
+     "tests": ["assert solve([]) == 0", "assert solve([4, 3, 5]) == 9", ...],
+     "solution": "    xs = [x for x in xs if x >= 3]\n    xs = xs[::-1]\n    return sum(xs)\n",
+     "source": "tiny",
+     "steps": ["keep_above", "reverse", "total"],
+     "flaw": [{"step": 1, "kind": "keep_above", "flaw": "loosened comparison"}]}
+
+`prefix + solution` is the program. Only the tiny set has `steps`, and only its sft.jsonl has `flaw`.
+
+The tiny set stands in for the paper's setting (arXiv 2409.06957, section 4: code generation scored by unit tests) on a
+laptop. A problem chains one to five steps on a list, a string or a number. Its SFT solutions are flawed as scraped
+code is: a step is wrong with a probability that depends on its kind. Clean solutions would leave nothing to learn, since
+a small model then either solves everything or fails by miscopied digits, which no reward model can see. Here sampling
+gives right and wrong programs for the same prompt, kinds that are mostly wrong in the data are wrong under greedy
+decoding too, and a reward model can learn which is which. The other splits have correct solutions, for reading and for
+testing the sandbox; no stage trains on them.
+
+Run: `python 00_data.py` (tiny set, 10 s on one core), `python 00_data.py --dataset humaneval --file HumanEval.jsonl.gz`.
+
+Simplified against the paper: its 7k reward and 3k PPO prompts are collected ones, ours come from the generator or, with
+--dataset mbpp, from the two halves of MBPP's training split.
+"""
+
+import argparse
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import typing
+from pathlib import Path
+
+
+@dataclasses.dataclass
+class Config:
+    dataset: typing.Literal["tiny", "humaneval", "mbpp", "mbpp_sanitized", "leetcode", "magicoder", "evol"] = "tiny"  # which problems
+    file: str = ""  # local copy of the data set's records (.jsonl, .jsonl.gz or a .json list); "": from the hub
+    out: str = ""  # output folder; "": data/<dataset>
+    seed: int = 0  # seed of everything random here
+    sft: int = 6000  # tiny: problems with flawed solutions for fine-tuning; paper: 130k
+    rm: int = 2000  # tiny: prompts for the reward model; paper: 7k
+    ppo: int = 1000  # tiny: prompts for PPO; paper: 3k
+    validation: int = 300  # tiny: problems that choose the best checkpoint
+    test: int = 500  # tiny: problems that nothing is chosen by; 500 give a 95% interval of about 4 points
+    length_weights: list[float] = dataclasses.field(default_factory=lambda: [5, 30, 35, 20, 10])  # tiny: shares of problems with 1, 2, .. steps
+    hard_share: float = 0.15  # tiny: share of step kinds that are wrong more often than right; more makes greedy SFT worse
+    easy_flaws: list[float] = dataclasses.field(default_factory=lambda: [0.05, 0.4])  # tiny: range of flaw probabilities of the other kinds
+    hard_flaws: list[float] = dataclasses.field(default_factory=lambda: [0.58, 0.7])  # tiny: range of flaw probabilities of the hard kinds
+    usual_flaw: float = 0.85  # tiny: probability that a flaw is its kind's usual one; high, so that it wins under greedy decoding
+    missing_step: float = 0.025  # tiny: share of flaws that are a missing step; at 25% reward models learn length alone
+
+
+def fail(message):
+    """Bad input: one line that says what to do, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_config(config_class, description):
+    """Read the command line into a `config_class`: every field is a flag, its comment the flag's help."""
+    source = inspect.getsource(config_class)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    for field in dataclasses.fields(config_class):
+        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)
+        options = {"default": getattr(config_class(), field.name), "help": comment and comment[1].replace("%", "%%")}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(field.type) is typing.Literal:
+            options["choices"] = typing.get_args(field.type)
+        elif typing.get_origin(field.type) is list:
+            options.update(nargs="+", type=typing.get_args(field.type)[0])
+        else:
+            options["type"] = field.type
+        parser.add_argument(f"--{field.name}", **options)
+    return config_class(**vars(parser.parse_args()))
+
+
+def read_jsonl(path, fields):
+    """Read records from a JSONL file.
+
+    Args:
+        fields: {name: type or tuple of types}; a record without one of them, or with another type, is an error
+            that names file, line and field (exit code 2), as are a missing and an empty file.
+    """
+    if not Path(path).is_file():
+        fail(f"{path} does not exist; run the stage that writes it first (README, the table of stages)")
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                fail(f"{path}, line {number}: not JSON ({error}); repair or delete the line")
+            if not isinstance(record, dict):
+                fail(f"{path}, line {number}: not a JSON object; repair or delete the line")
+            for name, types in fields.items():
+                if not isinstance(record.get(name), types):
+                    fail(f"{path}, line {number}: field '{name}' is missing or has the wrong type")
+            records.append(record)
+    if not records:
+        fail(f"{path} is empty; write at least one record to it")
+    return records
+
+
+def write_jsonl(path, records):
+    """Write records to a JSONL file, whole or not at all: a temporary file takes its place when it is complete."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def finished(cfg, directory):
+    """True if `directory` holds this stage's output, made with the same settings; made with others, an error.
+
+    `stage_config.json` is the last file that a stage writes, so it marks the output as complete.
+    """
+    path = Path(directory) / "stage_config.json"
+    if not path.is_file():
+        return False
+    old, new = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(cfg)
+    changed = [f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in new if old.get(name) != new[name]]
+    if changed:
+        fail(f"{directory} holds a run with other settings ({'; '.join(changed)}); delete it or choose another --out")
+    print(f"{directory} is finished; delete it to run this stage again")
+    return True
+
+
+def save_config(cfg, directory):
+    """Save the resolved settings next to the output, as the mark that it is complete."""
+    path = Path(directory) / "stage_config.json"
+    path.with_suffix(".tmp").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+# ---- the tiny set: kinds of step ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One kind of step: what the prompt may call it, the line that does it, and lines that get it wrong."""
+    kind: str    # name in the records
+    takes: str   # type of value it works on: list (of ints), text or number
+    gives: str   # type of value it makes
+    words: str   # wordings, separated by " | "
+    right: str   # correct expressions, separated by " | "; the first is the usual one
+    wrong: dict  # {flaw: expression}; the first is the usual one
+
+
+VARIABLE = {"list": "xs", "text": "s", "number": "n"}  # the argument of solve(), by type of value
+CONSTANTS = (2, 3, 4, 5)  # {k} of a step; few, so that miscopied digits are not the main error
+
+STEPS = [
+    # list -> list
+    Step("keep_above", "list", "list", "keep the numbers above {k} | keep only numbers greater than {k} | drop the numbers up to {k}",
+         "[x for x in xs if x > {k}]",
+         {"loosened comparison": "[x for x in xs if x >= {k}]", "swapped comparison": "[x for x in xs if x < {k}]"}),
+    Step("keep_at_least", "list", "list", "keep the numbers of at least {k} | drop the numbers below {k} | keep numbers from {k} up",
+         "[x for x in xs if x >= {k}]",
+         {"tightened comparison": "[x for x in xs if x > {k}]", "swapped comparison": "[x for x in xs if x <= {k}]"}),
+    Step("keep_below", "list", "list", "keep the numbers below {k} | keep only numbers less than {k} | drop the numbers from {k} up",
+         "[x for x in xs if x < {k}]",
+         {"swapped comparison": "[x for x in xs if x > {k}]", "loosened comparison": "[x for x in xs if x <= {k}]"}),
+    Step("keep_positive", "list", "list", "keep the positive numbers | drop zeros and negative numbers | keep numbers greater than zero",
+         "[x for x in xs if x > 0]",
+         {"loosened comparison": "[x for x in xs if x >= 0]", "swapped comparison": "[x for x in xs if x < 0]"}),
+    Step("drop_negative", "list", "list", "drop the negative numbers | remove numbers less than zero | throw away negative numbers",
+         "[x for x in xs if x >= 0]",
+         {"tightened comparison": "[x for x in xs if x > 0]", "swapped comparison": "[x for x in xs if x < 0]"}),
+    Step("keep_even", "list", "list", "keep the even numbers | drop the odd numbers | keep only what is even",
+         "[x for x in xs if x % 2 == 0]",
+         {"wrong parity": "[x for x in xs if x % 2 == 1]", "wrong operator": "[x for x in xs if x // 2 == 0]"}),
+    Step("keep_odd", "list", "list", "keep the odd numbers | drop the even numbers | keep only what is odd",
+         "[x for x in xs if x % 2 == 1] | [x for x in xs if x % 2 != 0]",
+         {"wrong parity": "[x for x in xs if x % 2 == 0]", "wrong operator": "[x for x in xs if x // 2 == 1]"}),
+    Step("drop_equal", "list", "list", "drop every {k} | remove all numbers equal to {k} | throw away each {k}",
+         "[x for x in xs if x != {k}]",
+         {"swapped comparison": "[x for x in xs if x == {k}]", "loosened comparison": "[x for x in xs if x > {k}]"}),
+    Step("keep_repeated", "list", "list", "keep numbers that occur more than once | drop numbers that occur once | keep the repeated numbers",
+         "[x for x in xs if xs.count(x) > 1]",
+         {"swapped comparison": "[x for x in xs if xs.count(x) == 1]", "off by one": "[x for x in xs if xs.count(x) > 2]"}),
+    Step("drop_smallest", "list", "list", "drop the smallest number | remove every copy of the minimum | throw away the lowest number",
+         "[x for x in xs if x != min(xs)] | [x for x in xs if x > min(xs)]",
+         {"wrong aggregate": "[x for x in xs if x != max(xs)]", "swapped comparison": "[x for x in xs if x == min(xs)]"}),
+    Step("drop_largest", "list", "list", "drop the largest number | remove every copy of the maximum | throw away the highest number",
+         "[x for x in xs if x != max(xs)] | [x for x in xs if x < max(xs)]",
+         {"wrong aggregate": "[x for x in xs if x != min(xs)]", "swapped comparison": "[x for x in xs if x == max(xs)]"}),
+    Step("reverse", "list", "list", "reverse the list | put the list in reverse order | turn the list around",
+         "xs[::-1] | list(reversed(xs))",
+         {"wrong direction": "sorted(xs, reverse=True)", "off by one": "xs[-2::-1]"}),
+    Step("sort_up", "list", "list", "sort the list | sort from small to large | put the list in ascending order",
+         "sorted(xs)",
+         {"wrong direction": "sorted(xs, reverse=True)", "duplicates lost": "sorted(set(xs))"}),
+    Step("sort_down", "list", "list", "sort from large to small | put the list in descending order | sort downwards",
+         "sorted(xs, reverse=True) | sorted(xs)[::-1]",
+         {"wrong direction": "sorted(xs)", "not sorted": "xs[::-1]"}),
+    Step("sort_by_size", "list", "list", "sort by absolute value | order the numbers by distance from zero | sort the numbers ignoring signs",
+         "sorted(xs, key=abs)",
+         {"wrong key": "sorted(xs)", "sign lost": "sorted(abs(x) for x in xs)"}),
+    Step("unique", "list", "list", "drop duplicates | keep the first of equal numbers | remove repeated numbers",
+         "list(dict.fromkeys(xs))",
+         {"order lost": "sorted(set(xs))", "all copies lost": "[x for x in xs if xs.count(x) == 1]"}),
+    Step("double", "list", "list", "double each number | multiply every number by 2 | make each number twice as large",
+         "[x * 2 for x in xs] | [x + x for x in xs]",
+         {"wrong operator": "[x + 2 for x in xs]", "squared": "[x * x for x in xs]"}),
+    Step("square", "list", "list", "square each number | replace numbers by their squares | multiply each number by itself",
+         "[x * x for x in xs] | [x ** 2 for x in xs]",
+         {"wrong operator": "[x * 2 for x in xs]", "cubed": "[x ** 3 for x in xs]"}),
+    Step("add", "list", "list", "add {k} to each number | increase every number by {k} | raise all numbers by {k}",
+         "[x + {k} for x in xs]",
+         {"wrong direction": "[x - {k} for x in xs]", "wrong operator": "[x * {k} for x in xs]"}),
+    Step("negate", "list", "list", "negate each number | flip the sign of every number | swap plus and minus",
+         "[-x for x in xs]",
+         {"wrong operator": "[abs(x) for x in xs]", "one sign only": "[-abs(x) for x in xs]"}),
+    Step("absolute", "list", "list", "take absolute values | drop the signs | make negative numbers positive",
+         "[abs(x) for x in xs]",
+         {"wrong operator": "[-x for x in xs]", "zero instead": "[max(x, 0) for x in xs]"}),
+    Step("halve", "list", "list", "halve each number rounding down | divide every number by 2 rounding down | floor half of each number",
+         "[x // 2 for x in xs]",
+         {"wrong operator": "[x % 2 for x in xs]", "rounded to zero": "[int(x / 2) for x in xs]"}),
+    Step("cap", "list", "list", "lower numbers above {k} to {k} | cap each number at {k} | limit the numbers to at most {k}",
+         "[min(x, {k}) for x in xs]",
+         {"wrong aggregate": "[max(x, {k}) for x in xs]", "dropped instead": "[x for x in xs if x <= {k}]"}),
+    Step("first", "list", "list", "take the first {k} numbers | keep the first {k} | cut the list after {k} numbers",
+         "xs[:{k}]",
+         {"off by one": "xs[:{k+1}]", "wrong end": "xs[-{k}:]"}),
+    Step("last", "list", "list", "take the last {k} numbers | keep the last {k} | keep {k} numbers at the end",
+         "xs[-{k}:]",
+         {"wrong end": "xs[:{k}]", "wrong side": "xs[{k}:]"}),
+    Step("drop_head", "list", "list", "drop the first number | skip the first number | remove the head of the list",
+         "xs[1:]",
+         {"wrong end": "xs[:-1]", "off by one": "xs[2:]"}),
+    Step("drop_tail", "list", "list", "drop the last number | leave out the last number | remove the tail of the list",
+         "xs[:-1]",
+         {"wrong end": "xs[1:]", "off by one": "xs[:-2]"}),
+    Step("every_second", "list", "list", "take every second number from the first | keep numbers at even positions | skip each other number",
+         "xs[::2]",
+         {"off by one": "xs[1::2]", "wrong step": "xs[::3]"}),
+    Step("running_sums", "list", "list", "take running sums | replace the list by its partial sums | sum up to each number",
+         "[sum(xs[:i + 1]) for i in range(len(xs))]",
+         {"off by one": "[sum(xs[:i]) for i in range(len(xs))]", "wrong side": "[sum(xs[i:]) for i in range(len(xs))]"}),
+    Step("differences", "list", "list", "take differences of neighbours | subtract each number from the next | list the steps between neighbours",
+         "[b - a for a, b in zip(xs, xs[1:])]",
+         {"wrong direction": "[a - b for a, b in zip(xs, xs[1:])]", "wrong operator": "[b + a for a, b in zip(xs, xs[1:])]"}),
+    Step("rotate_left", "list", "list", "move the first number to the end | rotate the list to the left | put the head of the list last",
+         "xs[1:] + xs[:1]",
+         {"wrong direction": "xs[-1:] + xs[:-1]", "off by one": "xs[2:] + xs[:2]"}),
+    Step("mirror", "list", "list", "append the reversed list | add a mirrored copy | follow the list by its reverse",
+         "xs + xs[::-1]",
+         {"wrong direction": "xs + xs", "wrong order": "xs[::-1] + xs"}),
+    # list -> number
+    Step("total", "list", "number", "add up the numbers | take the sum | compute the total",
+         "sum(xs)",
+         {"wrong aggregate": "len(xs)", "sign lost": "sum(abs(x) for x in xs)"}),
+    Step("count", "list", "number", "count the numbers | take the length of the list | say how many numbers there are",
+         "len(xs)",
+         {"off by one": "len(xs) - 1", "wrong aggregate": "sum(xs)"}),
+    Step("largest", "list", "number", "take the largest number | find the maximum | pick the highest number",
+         "max(xs)",
+         {"wrong aggregate": "min(xs)", "wrong key": "max(xs, key=abs)"}),
+    Step("smallest", "list", "number", "take the smallest number | find the minimum | pick the lowest number",
+         "min(xs)",
+         {"wrong aggregate": "max(xs)", "wrong key": "min(xs, key=abs)"}),
+    Step("spread", "list", "number", "subtract the smallest from the largest | take the range of the numbers | find the gap from minimum to maximum",
+         "max(xs) - min(xs)",
+         {"wrong direction": "min(xs) - max(xs)", "wrong operator": "max(xs) + min(xs)"}),
+    Step("count_above", "list", "number", "count the numbers above {k} | say how many numbers exceed {k} | count what is greater than {k}",
+         "sum(x > {k} for x in xs) | len([x for x in xs if x > {k}])",
+         {"loosened comparison": "sum(x >= {k} for x in xs)", "swapped comparison": "sum(x < {k} for x in xs)"}),
+    Step("count_distinct", "list", "number", "count the distinct numbers | say how many different numbers there are | count the numbers without duplicates",
+         "len(set(xs))",
+         {"duplicates counted": "len(xs)", "off by one": "len(set(xs)) - 1"}),
+    Step("sum_squares", "list", "number", "add up the squares | take the sum of squares | sum each number times itself",
+         "sum(x * x for x in xs) | sum(x ** 2 for x in xs)",
+         {"wrong operator": "sum(x * 2 for x in xs)", "wrong order": "sum(xs) ** 2"}),
+    Step("count_rises", "list", "number", "count how often the next number is larger | count the rises | say how often the list goes up",
+         "sum(a < b for a, b in zip(xs, xs[1:]))",
+         {"loosened comparison": "sum(a <= b for a, b in zip(xs, xs[1:]))", "swapped comparison": "sum(a > b for a, b in zip(xs, xs[1:]))"}),
+    # text -> text
+    Step("reverse_text", "text", "text", "reverse the text | spell the text backwards | turn the text around",
+         "s[::-1]",
+         {"words only": "' '.join(s.split()[::-1])", "off by one": "s[-2::-1]"}),
+    Step("upper", "text", "text", "make all letters capital | write the text in upper case | turn letters into capitals",
+         "s.upper()",
+         {"first letter only": "s.capitalize()", "wrong direction": "s.lower()"}),
+    Step("swap_case", "text", "text", "swap upper and lower case | flip the case of each letter | exchange capital and small letters",
+         "s.swapcase()",
+         {"one way only": "s.upper()", "other way only": "s.lower()"}),
+    Step("title", "text", "text", "capitalize each word | start every word with a capital | use title case",
+         "s.title()",
+         {"first word only": "s.capitalize()", "all letters": "s.upper()"}),
+    Step("drop_vowels", "text", "text", "drop the vowels | remove all vowels | throw away vowels",
+         "''.join(c for c in s if c.lower() not in 'aeiou')",
+         {"capitals missed": "''.join(c for c in s if c not in 'aeiou')",
+          "swapped comparison": "''.join(c for c in s if c.lower() in 'aeiou')"}),
+    Step("keep_letters", "text", "text", "keep only letters | drop what is not a letter | remove all but the letters",
+         "''.join(c for c in s if c.isalpha())",
+         {"digits kept": "''.join(c for c in s if c.isalnum())", "swapped comparison": "''.join(c for c in s if not c.isalpha())"}),
+    Step("drop_spaces", "text", "text", "remove the spaces | drop all spaces | close the gaps between words",
+         "s.replace(' ', '')",
+         {"ends only": "s.strip()", "wrong replacement": "s.replace(' ', '-')"}),
+    Step("reverse_words", "text", "text", "reverse the order of words | put the words in reverse order | turn the word order around",
+         "' '.join(s.split()[::-1])",
+         {"letters too": "s[::-1]", "wrong end": "' '.join(s.split()[1:])"}),
+    Step("sort_words", "text", "text", "sort the words | put the words in alphabetical order | order the words from a to z",
+         "' '.join(sorted(s.split()))",
+         {"wrong direction": "' '.join(sorted(s.split(), reverse=True))", "wrong key": "' '.join(sorted(s.split(), key=len))"}),
+    Step("sort_letters", "text", "text", "sort the characters | put the characters in order | order all characters",
+         "''.join(sorted(s))",
+         {"wrong direction": "''.join(sorted(s, reverse=True))", "duplicates lost": "''.join(sorted(set(s)))"}),
+    Step("first_letters", "text", "text", "take the first {k} characters | cut the text after {k} characters | keep {k} characters at the front",
+         "s[:{k}]",
+         {"off by one": "s[:{k+1}]", "wrong end": "s[-{k}:]"}),
+    Step("drop_first_letter", "text", "text", "drop the first character | skip the first character | remove the character in front",
+         "s[1:]",
+         {"wrong end": "s[:-1]", "off by one": "s[2:]"}),
+    Step("every_second_letter", "text", "text", "take every second character from the first | keep characters at even positions | skip each other character",
+         "s[::2]",
+         {"off by one": "s[1::2]", "wrong step": "s[::3]"}),
+    Step("double_letters", "text", "text", "write each character twice | double every character | repeat each character",
+         "''.join(c + c for c in s)",
+         {"whole text": "s + s", "off by one": "''.join(c * 3 for c in s)"}),
+    Step("unique_letters", "text", "text", "drop repeated characters | keep the first of equal characters | remove duplicate characters",
+         "''.join(dict.fromkeys(s))",
+         {"order lost": "''.join(sorted(set(s)))", "all copies lost": "''.join(c for c in s if s.count(c) == 1)"}),
+    Step("initials", "text", "text", "take the first letter of each word | keep the initials of the words | shorten each word to its first letter",
+         "''.join(w[0] for w in s.split())",
+         {"wrong end": "''.join(w[-1] for w in s.split())", "off by one": "''.join(w[:2] for w in s.split())"}),
+    # text -> list and number
+    Step("word_lengths", "text", "list", "list the lengths of the words | measure each word | replace words by their lengths",
+         "[len(w) for w in s.split()]",
+         {"off by one": "[len(w) - 1 for w in s.split()]", "wrong unit": "[len(w) for w in s]"}),
+    Step("text_digits", "text", "list", "list the digits in the text | collect the digits | take each digit of the text",
+         "[int(c) for c in s if c.isdigit()]",
+         {"positions instead": "[i for i, c in enumerate(s) if c.isdigit()]", "wrong order": "[int(c) for c in s[::-1] if c.isdigit()]"}),
+    Step("vowel_places", "text", "list", "list the positions of vowels | find where the vowels are | locate each vowel",
+         "[i for i, c in enumerate(s) if c.lower() in 'aeiou']",
+         {"off by one": "[i for i, c in enumerate(s, 1) if c.lower() in 'aeiou']",
+          "capitals missed": "[i for i, c in enumerate(s) if c in 'aeiou']"}),
+    Step("text_length", "text", "number", "count the characters | take the length of the text | say how long the text is",
+         "len(s)",
+         {"wrong unit": "len(s.split())", "off by one": "len(s) - 1"}),
+    Step("count_words", "text", "number", "count the words | say how many words there are | take the number of words",
+         "len(s.split())",
+         {"spaces instead": "s.count(' ')", "wrong unit": "len(s)"}),
+    Step("count_vowels", "text", "number", "count the vowels | say how many vowels there are | take the number of vowels",
+         "sum(c in 'aeiou' for c in s.lower())",
+         {"capitals missed": "sum(c in 'aeiou' for c in s)", "swapped comparison": "sum(c not in 'aeiou' for c in s.lower())"}),
+    Step("count_capitals", "text", "number", "count the capital letters | say how many capitals there are | count upper case letters",
+         "sum(c.isupper() for c in s)",
+         {"wrong case": "sum(c.islower() for c in s)", "wrong unit": "sum(w.istitle() for w in s.split())"}),
+    # number -> number
+    Step("times_two", "number", "number", "double the number | multiply it by 2 | take it twice",
+         "n * 2 | n + n",
+         {"wrong operator": "n + 2", "squared": "n * n"}),
+    Step("squared", "number", "number", "square the number | multiply it by itself | take its square",
+         "n * n | n ** 2",
+         {"wrong operator": "n * 2", "cubed": "n ** 3"}),
+    Step("plus", "number", "number", "add {k} to the number | increase it by {k} | go {k} up",
+         "n + {k}",
+         {"off by one": "n + {k+1}", "wrong direction": "n - {k}"}),
+    Step("minus", "number", "number", "subtract {k} from the number | decrease it by {k} | go {k} down",
+         "n - {k}",
+         {"wrong direction": "{k} - n", "wrong operator": "n + {k}"}),
+    Step("half", "number", "number", "halve the number rounding down | divide it by 2 rounding down | take half of it rounded down",
+         "n // 2",
+         {"rounded up": "(n + 1) // 2", "wrong operator": "n % 2"}),
+    Step("remainder", "number", "number", "take the remainder by {k} | reduce it modulo {k} | find what is left after dividing by {k}",
+         "n % {k}",
+         {"wrong operator": "n // {k}", "off by one": "n % {k+1}"}),
+    Step("digit_sum", "number", "number", "add up its digits | take the digit sum | sum the digits of the number",
+         "sum(int(d) for d in str(n))",
+         {"wrong aggregate": "len(str(n))", "squares": "sum(int(d) ** 2 for d in str(n))"}),
+    Step("reverse_digits", "number", "number", "reverse its digits | read its digits backwards | turn the digits around",
+         "int(str(n)[::-1])",
+         {"sorted instead": "int(''.join(sorted(str(n))))", "last digit only": "int(str(n)[-1])"}),
+    # number -> list
+    Step("count_up", "number", "list", "list the numbers from 1 to it | count from 1 up to the number | write all numbers from 1 to the result",
+         "list(range(1, n + 1))",
+         {"off by one": "list(range(1, n))", "wrong start": "list(range(n))"}),
+    Step("count_down", "number", "list", "count down from it to 1 | list the numbers from it down to 1 | write all numbers from the result to 1",
+         "list(range(n, 0, -1))",
+         {"wrong direction": "list(range(1, n + 1))", "off by one": "list(range(n, 1, -1))"}),
+    Step("digits", "number", "list", "list its digits | split the number into digits | write its digits as a list",
+         "[int(d) for d in str(n)]",
+         {"wrong order": "[int(d) for d in str(n)[::-1]]", "sorted instead": "sorted(int(d) for d in str(n))"}),
+    Step("divisors", "number", "list", "list its divisors | find all divisors of the number | list the numbers that divide it",
+         "[d for d in range(1, n + 1) if n % d == 0]",
+         {"off by one": "[d for d in range(1, n) if n % d == 0]", "wrong start": "[d for d in range(2, n + 1) if n % d == 0]"}),
+]
+
+
+# ---- the tiny set: steps and programs ----
+
+MIN_TESTS = 6      # tests of a problem, at least
+POOL_SIZE = 60     # inputs of each type that tests are chosen from
+MIN_USABLE = 30    # of them, those on which every step of a problem is defined and small
+MIN_OUTCOMES = 4   # different results over the pool, at least; fewer would reward a constant
+MAX_NUMBER = 999   # largest absolute value of a number in a computation
+MAX_LENGTH = 40    # longest list or text in a computation
+DRAWS_OF_A_LENGTH = 50  # rejected in a row before another length is drawn; long chains are rejected more often
+MAX_DRAWS = 2000   # rejected in a row before we conclude that there are no more
+
+
+def fill(template, k):
+    """Put the constant of a step into a wording or an expression."""
+    return template.replace("{k+1}", str(k + 1)).replace("{k}", str(k))
+
+
+@functools.cache
+def compiled(expression, variable):
+    """The expression as a function; our own templates only, never a model's output."""
+    return eval(f"lambda {variable}: {expression}")
+
+
+def small(value):
+    """Keeps numbers short and programs fast: a squared square, or range() of it, would be neither."""
+    if isinstance(value, (list, str)):
+        return len(value) <= MAX_LENGTH and (isinstance(value, str) or all(abs(x) <= MAX_NUMBER for x in value))
+    return abs(value) <= MAX_NUMBER
+
+
+def trace(functions, value):
+    """All values that a chain of functions goes through, from `value` to the result.
+
+    Returns None when one of them is not small; an exception of a function passes through.
+    """
+    values = [value]
+    for function in functions:
+        if not small(values[-1]):
+            return None
+        values.append(function(values[-1]))
+    return values if small(values[-1]) else None
+
+
+def flaw_rates(cfg):
+    """{kind: probability that an SFT solution gets such a step wrong}.
+
+    Multiples of the golden ratio modulo 1 are spread evenly, also over each stretch of the table, so that every type of
+    step has its share of hard kinds. The largest of them become the hard kinds.
+    """
+    rates = {}
+    for number, step in enumerate(STEPS, 1):
+        place = number * 0.6180339887 % 1
+        if place < 1 - cfg.hard_share:
+            (low, high), place = cfg.easy_flaws, place / (1 - cfg.hard_share)
+        else:
+            (low, high), place = cfg.hard_flaws, (place - 1 + cfg.hard_share) / cfg.hard_share
+        rates[step.kind] = low + (high - low) * place
+    return rates
+
+
+def input_pool(seed):
+    """Inputs for the tests by type: edge cases first, then random values."""
+    rng = random.Random(f"pool {seed}")  # a string seed does not depend on PYTHONHASHSEED
+    words = "a I to an cat Dog red Blue apple Orange tree stone Egg over UNDER zebra kiwi x2 7up b12 no. hey! it's".split()
+    pool = {
+        "list": [[], [0], [4], [-2], [3, 3], [5, 4, 3, 2, 1], [2, 3, 4, 5], [-1, -3, -2], [2, 2, 2], [0, 5, 0, 5, -5]],
+        "text": ["", "a", "Z", "I", " a b ", "12 3", "aa aa", "b a b", "two  gaps", "UP up Up"],
+        "number": [0, 1, 2, 3, 4, 5, 6, 7, 10, 12],
+    }
+    for values in pool.values():
+        while len(values) < POOL_SIZE:
+            if values is pool["list"]:
+                new = [rng.choice([rng.randint(-4, 9), rng.randint(2, 6)]) for _ in range(rng.randint(3, 9))]
+            elif values is pool["text"]:
+                new = " ".join(rng.choice(words) for _ in range(rng.randint(1, 4)))
+            else:
+                new = rng.choice([rng.randint(0, 40), rng.randint(0, 250), rng.randint(-30, 0)])
+            if new not in values:
+                values.append(new)
+    return pool
+
+
+def program(takes, steps):
+    """The body of solve() for a chain of (type, expression): one line a step, so that programs compare line by line."""
+    lines = [f"    {VARIABLE[gives]} = {expression}\n" for gives, expression in steps[:-1]]
+    return "".join(lines) + f"    return {steps[-1][1] if steps else VARIABLE[takes]}\n"
+
+
+# ---- the tiny set: problems and their tests ----
+
+
+def draw_chain(length, rng):
+    """A well-typed chain of `length` different kinds of step, as [(step, k)]; k is 0 for a step without a constant."""
+    value, chain = rng.choices(["list", "text", "number"], [45, 35, 20])[0], []
+    for _ in range(length):
+        used = {step.kind for step, _ in chain}
+        step = rng.choice([step for step in STEPS if step.takes == value and step.kind not in used])
+        chain.append((step, rng.choice(CONSTANTS) if "{k" in step.right else 0))
+        value = step.gives
+    return chain
+
+
+def differs(functions, values, start):
+    """True if `functions`, in place of the chain's steps from `start` on, give another result than the chain.
+
+    Args:
+        values: what the correct chain goes through, input first, result last.
+    Returns True for an exception, since a test would fail, and False where a value is no longer small: unknown.
+    """
+    try:
+        other = trace(functions, values[start])
+    except Exception:
+        return True
+    return other is not None and other[-1] != values[-1]
+
+
+def choose_tests(chain, pool, rng):
+    """Choose inputs that tell the chain from each of its single-step mutations, and collect those mutations.
+
+    Returns (traces of the chosen inputs, traces of the other usable ones, [{flaw: expression} for each step]). A
+    mutation that no input of the pool tells apart is left out of the third. Returns None for a poor problem: too few
+    inputs on which it is defined, too few different results, a step without a mutation that shows, or a run of
+    steps that might as well be left out.
+    """
+    right = [compiled(fill(step.right.split(" | ")[0], k), VARIABLE[step.takes]) for step, k in chain]
+    usable = []
+    for value in pool[chain[0][0].takes]:
+        try:
+            usable.append(trace(right, value))
+        except Exception:  # not defined there: the maximum of an empty list
+            continue
+    usable = [values for values in usable if values]
+    if len(usable) < MIN_USABLE or len({repr(values[-1]) for values in usable}) < MIN_OUTCOMES:
+        return None
+    others = usable[:1] + rng.sample(usable[1:], len(usable) - 1)  # the first is an edge case
+    chosen = [others.pop(0)]
+
+    def told_apart(functions, start):
+        """True if a chosen input shows the difference, or one of the others, which is then chosen too."""
+        if any(differs(functions, values, start) for values in chosen):
+            return True
+        for number, values in enumerate(others):
+            if differs(functions, values, start):
+                chosen.append(others.pop(number))
+                return True
+        return False
+
+    types = [chain[0][0].takes] + [step.gives for step, _ in chain]
+    for start in range(len(chain)):
+        for end in range(start + 1, len(chain) + 1):
+            if types[start] == types[end] and not told_apart(right[end:], start):
+                return None
+    mutations = []
+    for start, (step, k) in enumerate(chain):
+        lines = {flaw: fill(line, k) for flaw, line in step.wrong.items()}
+        mutations.append({flaw: line for flaw, line in lines.items()
+                          if told_apart([compiled(line, VARIABLE[step.takes]), *right[start + 1:]], start)})
+        if not mutations[-1]:
+            return None
+    while len(chosen) < MIN_TESTS:
+        chosen.append(others.pop(0))
+    return chosen, others, mutations
+
+
+def draw_flaws(cfg, chain, mutations, rates, rng):
+    """Draw what is wrong with each step: None (nothing), "missing step" or the name of one of its mutations."""
+    flaws = []
+    for (step, _), possible in zip(chain, mutations):
+        usual = next(iter(step.wrong))
+        rare = [flaw for flaw in possible if flaw != usual]
+        if rng.random() >= rates[step.kind]:
+            flaws.append(None)
+        elif step.takes == step.gives and rng.random() < cfg.missing_step:
+            flaws.append("missing step")
+        elif usual in possible and (not rare or rng.random() < cfg.usual_flaw):
+            flaws.append(usual)
+        else:
+            flaws.append(rng.choice(rare))
+    return flaws
+
+
+def write_solution(chain, mutations, flaws, rng):
+    """The lines of a solution with the given flaws, as [(step, expression)]; a missing step has none.
+
+    With a generator, a step that can be written in two ways is written in the rarer one a quarter of the time.
+    """
+    lines = []
+    for (step, k), possible, flaw in zip(chain, mutations, flaws):
+        if flaw is None:
+            ways = step.right.split(" | ")
+            lines.append((step, fill(ways[-1] if rng and rng.random() < 0.25 else ways[0], k)))
+        elif flaw != "missing step":
+            lines.append((step, possible[flaw]))
+    return lines
+
+
+def tiny_problem(cfg, task_id, chain, prompt, pool, rates, rng):
+    """The record of a chain of steps, or None if it makes a poor problem (see choose_tests).
+
+    Args:
+        rates: {kind: probability that the solution gets the step wrong}; None for a correct solution.
+    """
+    found = choose_tests(chain, pool, rng)
+    if found is None:
+        return None
+    chosen, others, mutations = found
+    takes, kinds = chain[0][0].takes, [step.kind for step, _ in chain]
+    flaws = [None] * len(chain)
+    lines = write_solution(chain, mutations, flaws, rng if rates else None)
+    if rates:
+        shown = False
+        while not shown:  # two flaws can cancel each other, then draw again
+            flaws = draw_flaws(cfg, chain, mutations, rates, rng)
+            lines = write_solution(chain, mutations, flaws, rng)
+            functions = [compiled(expression, VARIABLE[step.takes]) for step, expression in lines]
+            telling = [values for values in chosen + others if differs(functions, values, 0)]
+            shown = telling or not any(flaws)
+        if telling and telling[0] in others:
+            chosen.append(telling[0])
+    variable = VARIABLE[takes]
+    record = {
+        "task_id": task_id, "prompt": prompt, "prefix": f"def solve({variable}):\n", "setup": "", "entry_point": "solve",
+        "tests": [f"assert solve({values[0]!r}) == {values[-1]!r}" for values in chosen],
+        "solution": program(takes, [(step.gives, expression) for step, expression in lines]),
+        "source": "tiny", "steps": kinds,
+    }
+    if rates:
+        record["flaw"] = [{"step": number, "kind": kind, "flaw": flaw}
+                          for number, (kind, flaw) in enumerate(zip(kinds, flaws), 1) if flaw] or None
+    return record
+
+
+def tiny_splits(cfg):
+    """Generate {split: problems}.
+
+    No prompt occurs twice. A chain with its constants is either in the training splits or in the held-out ones, however
+    it is worded. There are fewer than 200 chains of one step, the training splits take nearly all of them.
+    """
+    pool, rates = input_pool(cfg.seed), flaw_rates(cfg)
+    splits, prompts, trained = {}, set(), set()
+    for split in ("sft", "rm", "ppo", "validation", "test"):
+        rng = random.Random(f"{split} {cfg.seed}")
+        records, size, held_out = [], getattr(cfg, split), split in ("validation", "test")
+        lengths, draws = range(1, len(cfg.length_weights) + 1), 0
+        while len(records) < size:
+            if draws % DRAWS_OF_A_LENGTH == 0:
+                length = rng.choices(lengths, cfg.length_weights)[0]
+            draws += 1
+            if draws > MAX_DRAWS:
+                fail(f"only {len(records)} problems found for --{split} {size}; ask for fewer or for longer ones "
+                     "(--length_weights)")
+            chain = draw_chain(length, rng)
+            key = tuple((step.kind, k) for step, k in chain)
+            words = [fill(rng.choice(step.words.split(" | ")), k) for step, k in chain]
+            prompt = f'"""{", then ".join(words)}."""\ndef solve({VARIABLE[chain[0][0].takes]}):\n'
+            if prompt in prompts or held_out and key in trained:
+                continue
+            record = tiny_problem(cfg, f"tiny/{split}/{len(records)}", chain, prompt, pool,
+                                  rates if split == "sft" else None, rng)
+            if record:
+                records.append(record)
+                prompts.add(prompt)
+                if not held_out:
+                    trained.add(key)
+                draws = 0
+        splits[split] = records
+    return splits
+
+
+def check_config(cfg):
+    """Stop with one line at settings that cannot work."""
+    for split in ("sft", "rm", "ppo", "validation", "test"):
+        if getattr(cfg, split) < 1:
+            fail(f"--{split} is {getattr(cfg, split)}: a split needs at least one problem")
+    if min(cfg.length_weights) < 0 or max(cfg.length_weights) <= 0:
+        fail("--length_weights needs a weight of 0 or more for each number of steps, and one above 0")
+    for name in ("easy_flaws", "hard_flaws"):
+        if len(getattr(cfg, name)) != 2:
+            fail(f"--{name} needs two probabilities, the lowest and the highest")
+    for name in ("hard_share", "usual_flaw", "missing_step", "easy_flaws", "hard_flaws"):
+        value = getattr(cfg, name)
+        if not all(0 <= number <= 1 for number in (value if isinstance(value, list) else [value])):
+            fail(f"--{name} must be between 0 and 1")
+
+
+def main(cfg):
+    """Make the problems, then put the finished folder in place."""
+    check_config(cfg)
+    out = Path(cfg.out or f"data/{cfg.dataset}")
+    if finished(cfg, out):
+        return
+    if out.exists():
+        fail(f"{out} exists but no finished run of this script made it; delete it or choose another --out")
+    started = time.perf_counter()
+    splits = tiny_splits(cfg)
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for split, records in splits.items():
+        write_jsonl(temporary / f"{split}.jsonl", records)
+    save_config(cfg, temporary)
+    os.rename(temporary, out)
+    for split, records in splits.items():
+        print(f"{out}/{split}.jsonl: {len(records)} problems")
+    flawed = [record for record in splits.get("sft", []) if record.get("flaw")]
+    print(f"{len(flawed)} flawed; {time.perf_counter() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, "Write problems in the format of this project, from a generator or a public data set."))
