@@ -1,0 +1,846 @@
+"""Runs untrusted Python programs against tests: fast, and no program gets a pass that it has not earned.
+
+    from sandbox import run, run_many
+    run("def add(a, b): return a + b", ["assert add(1, 2) == 3"], entry_point="add").passed        # True
+
+    python sandbox.py PROBLEMS.jsonl SAMPLES.jsonl -o OUT.jsonl
+
+The verdict is a reward, and a policy trained on it searches it for holes.  So the tests never meet the candidate:
+
+    caller ── job ──> T  holds the tests and expected values, calls the candidate, compares with its own builtins
+       │              │  one socketpair a job; plain data in JSON both ways
+       └── limits ──> Z ──fork──> U  holds the candidate's code, never a test, an expected value or the verdict
+
+`passed` is T's word after the last test has run and held.  What U says is data: it can be wrong, never a verdict.
+"""
+import ast, atexit, builtins, itertools, json, operator, os, re, resource, select, signal, socket, struct, sys, time
+from dataclasses import dataclass
+from functools import lru_cache
+
+MAX_FRAME = 32 << 20     # bytes of one message from the candidate; a larger reply is an error
+MAX_DEPTH = 200          # nesting of one value
+KEEP_OUTPUT = 64 << 10   # bytes of stdout and stderr kept for Result.stdout; the rest is cut
+MAX_OUTPUT = 16 << 20    # bytes after which the program is stopped with status `output`
+JUDGE_MB = 1024          # address space of T: values from U can make honest tests explode
+
+
+@dataclass(frozen=True)
+class Result:
+    status: str          # passed, failed, error, timeout, memory, output, syntax
+    passed: bool
+    passed_tests: int
+    total_tests: int     # the number of test strings given
+    seconds: float       # CPU seconds of the candidate's process
+    stdout: str          # stdout and stderr, at most KEEP_OUTPUT bytes
+    error: str           # first thing that went wrong, one line
+    trust: str           # split: the tests ran in a process that never held the candidate; in_process otherwise
+
+
+# ---------------------------------------------------------------- plain data on the wire: own tags in JSON, no pickle
+
+ATOMS = {int, float, str, bool, type(None)}
+LATER = lambda module, name: lambda *a: getattr(__import__(module), name)(*a)   # imported when first needed
+SHAPES = {               # type: (its parts, read by the base class so that an override is never asked; its maker)
+    "list": (lambda x: list(list.__iter__(x)), list),
+    "tuple": (lambda x: list(tuple.__iter__(x)), tuple),
+    "set": (lambda x: list(set.__iter__(x)), set),
+    "frozenset": (lambda x: list(frozenset.__iter__(x)), frozenset),
+    "dict": (lambda x: [[k, v] for k, v in dict.items(x)], dict),
+    "bytes": (lambda x: bytes.hex(x), bytes.fromhex),
+    "bytearray": (lambda x: bytearray.hex(x), bytearray.fromhex),
+    "complex": (lambda x: [complex.__pos__(x).real, complex.__pos__(x).imag], lambda p: complex(*p)),
+    "range": (lambda x: [x.start, x.stop, x.step], lambda p: range(*p)),
+    "slice": (lambda x: [x.start, x.stop, x.step], lambda p: slice(*p)),
+    "ellipsis": (lambda x: None, lambda p: ...),
+    "bool": (bool, bool),
+    "int": (lambda x: hex(int.__int__(x)), lambda p: int(p, 16)),               # beyond 4300 digits; JSON holds the rest
+    "float": (lambda x: float.__float__(x), float),
+    "str": (lambda x: [ord(c) for c in str.__str__(x)], lambda p: "".join(map(chr, p))),      # lone surrogates
+    "collections.deque": (lambda x: [list(type(x).__mro__[-2].__iter__(x)), x.maxlen], lambda p: LATER("collections", "deque")(*p)),
+    "collections.Counter": (lambda x: [[k, v] for k, v in dict.items(x)], lambda p: LATER("collections", "Counter")(dict(p))),
+    "collections.OrderedDict": (lambda x: [[k, x[k]] for k in x], lambda p: LATER("collections", "OrderedDict")(p)),
+    "collections.defaultdict": (lambda x: [[k, v] for k, v in dict.items(x)], lambda p: LATER("collections", "defaultdict")(None, p)),
+    "decimal.Decimal": (lambda x: format(x), LATER("decimal", "Decimal")),
+    "fractions.Fraction": (lambda x: [x.numerator, x.denominator], lambda p: LATER("fractions", "Fraction")(*p)),
+    "datetime.timedelta": (lambda x: [x.days, x.seconds, x.microseconds], lambda p: LATER("datetime", "timedelta")(*p)),
+    "datetime.datetime": (lambda x: x.isoformat(), lambda p: __import__("datetime").datetime.fromisoformat(p)),
+    "datetime.date": (lambda x: x.isoformat(), lambda p: __import__("datetime").date.fromisoformat(p)),
+    "datetime.time": (lambda x: x.isoformat(), lambda p: __import__("datetime").time.fromisoformat(p)),
+}
+
+
+def pack(x, other, careful=False, depth=0):
+    """x as JSON data; `other(x)` says what becomes of an object that is not plain data."""
+    kind = type(x)
+    if kind in ATOMS and not (careful and kind in (int, str)): return x
+    if depth > MAX_DEPTH: raise ValueError("nested too deep")
+    if kind is list and not careful and ATOMS.issuperset(map(type, x)): return x
+    for base in kind.__mro__[:-1]:
+        name = base.__qualname__ if base.__module__ == "builtins" else f"{base.__module__}.{base.__qualname__}"
+        if name in SHAPES:
+            if name == "str" and not careful: return str.__str__(x)
+            if name == "int" and not careful: return int.__int__(x)
+            parts = SHAPES[name][0](x)
+            if name not in ("str", "int", "bytes", "bytearray"):
+                parts = [pack(v, other, careful, depth + 1) for v in parts] if type(parts) is list else pack(parts, other, careful, depth + 1)
+            return parts if name == "list" else {name: parts}
+    if kind is type and getattr(builtins, x.__name__, None) is x: return {"type": x.__name__}
+    return other(x)
+
+
+def unpack(data, handle):
+    """The value that `data` stands for; `handle(key)` gives the object behind a handle."""
+    if type(data) is list: return data if {list, dict}.isdisjoint(map(type, data)) else [unpack(v, handle) for v in data]
+    if type(data) is not dict: return data
+    (tag, parts), = data.items()
+    if tag == "h": return handle(parts)
+    if tag == "type":
+        found = getattr(builtins, parts)
+        if not isinstance(found, type): raise ValueError("not a type")
+        return found
+    return SHAPES[tag][1](unpack(parts, handle))
+
+
+def to_bytes(build):
+    """JSON bytes of build(careful): the quick form first, the careful one for huge ints and lone surrogates."""
+    for careful in (False, True):
+        try:
+            data = json.dumps(build(careful), ensure_ascii=False, separators=(",", ":")).encode()
+            if len(data) > MAX_FRAME: raise OverflowError(f"a message of {len(data)} bytes is too large")
+            return struct.pack("<I", len(data)) + data
+        except ValueError:            # UnicodeEncodeError is one
+            if careful: raise
+
+
+class Link:
+    """Frames over a stream socket; raises EOFError when the other side is gone or talks nonsense."""
+    def __init__(self, sock): self.sock, self.buffer = sock, b""
+
+    def take(self, size):
+        parts, have = [self.buffer], len(self.buffer)
+        while have < size:
+            part = self.sock.recv(1 << 16 if size - have < 1 << 16 else 1 << 20)
+            if not part: raise EOFError
+            parts.append(part)
+            have += len(part)
+        data = b"".join(parts)
+        self.buffer = data[size:]
+        return data[:size]
+
+    def receive(self):
+        try:
+            size, = struct.unpack("<I", self.take(4))
+            if size > MAX_FRAME: raise EOFError
+            return json.loads(self.take(size))
+        except (ValueError, RecursionError, ConnectionError): raise EOFError from None
+
+
+# ---------------------------------------------------------------- U: runs the candidate and answers T
+
+OPS = {"call": lambda f, *a, **k: f(*a, **k), "method": lambda o, name, *a, **k: getattr(o, name)(*a, **k)}
+OPS |= {f.__name__: f for f in (getattr, setattr, len, bool, str, repr, int, float, iter, next, round, abs, isinstance, issubclass)}
+OPS |= {name: getattr(operator, name) for name in "eq lt le gt ge add sub mul truediv floordiv mod pow and_ or_ xor matmul neg pos getitem setitem delitem index".split()}
+
+
+def describe(error):
+    """Names of the exception's classes that are builtins, and one line for the reader."""
+    names = [c.__name__ for c in type(error).__mro__ if getattr(builtins, c.__name__, None) is c]
+    line, trace = None, error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == "solution.py": line = trace.tb_lineno
+        trace = trace.tb_next
+    try: text = str(error)[:500]
+    except BaseException: text = "?"
+    return names, f"{type(error).__name__}: {text}" + (f" (line {line})" if line else "")
+
+
+def candidate_module(code):
+    """The module in which the candidate will run, found as `solution` and as `__main__` (pickle, dataclasses)."""
+    module = type(sys)("solution")
+    module.__file__ = "solution.py"
+    module.__loader__ = type("Loader", (), {"get_source": lambda self, name: code})()      # for inspect.getsource
+    sys.modules["solution"] = sys.modules["__main__"] = module
+    return module
+
+
+def candidate(sock, flush=sys.stdout.flush, send=socket.socket.sendall):
+    """All of U: run the code, then answer requests until T closes."""
+    link, objects, keys, count = Link(sock), {}, {}, itertools.count()
+
+    def keep(n):                                      # names an object that stays here; the first of reply n is "n"
+        fresh = itertools.count()
+        def other(x):
+            if id(x) not in keys:
+                k = next(fresh)
+                keys[id(x)] = key = f"{n}.{k}" if k else str(n)
+                objects[key] = x                      # kept alive, so ids stay unique
+            return {"h": keys[id(x)]}
+        return other
+
+    def reply(n, kind, build):
+        try: data = to_bytes(lambda careful: [n, kind, *build(careful)])
+        except BaseException as error: data = to_bytes(lambda careful: [n, "x", *pack(list(describe(error)), None, careful)])
+        flush()
+        send(sock, data)
+
+    n, how, job = link.receive()
+    job = unpack(job, None)
+    if how == "tests": return in_process(sock, job, send)
+    module = candidate_module(job["code"])
+    try:
+        code = compile(job["code"], "solution.py", "exec", dont_inherit=True)
+    except BaseException as error:
+        reply(0, "syntax" if isinstance(error, SyntaxError) and "\0" not in job["code"] else "x", lambda careful: pack(list(describe(error)), None, careful))
+        return
+    try: exec(code, module.__dict__)
+    except BaseException as error: return reply(0, "x", lambda careful, error=error: pack(list(describe(error)), None, careful))
+    found = {}
+    for name in job["names"]:
+        if name not in module.__dict__: continue
+        value = module.__dict__[name]
+        if type(value) is type(sys): found[name] = {"module": value.__name__}
+        else:
+            objects["g:" + name] = value
+            keys.setdefault(id(value), "g:" + name)
+            try: found[name] = json.loads(to_bytes(lambda careful: pack(value, lambda x: {"h": keys[id(x)]} if x is value else keep("g")(x), careful))[4:])
+            except BaseException: found[name] = {"h": "g:" + name}
+    reply(0, "v", lambda careful: [found])
+    while True:
+        n, op, args, kwargs = link.receive()
+        try:
+            real, named = [unpack(a, objects.__getitem__) for a in args], {k: unpack(v, objects.__getitem__) for k, v in kwargs.items()}
+            value = OPS[op](*real, **named)
+        except BaseException as error:
+            reply(n, "x", lambda careful, error=error: pack(list(describe(error)), None, careful))
+            continue
+        def answer(careful):
+            other = keep(n)
+            out = [pack(value, other, careful)]
+            now = [[pack(a, other, careful) for a in real], {k: pack(v, other, careful) for k, v in named.items()}]
+            return out if now == [args, kwargs] else out + now      # what it changed in place changes in T too
+        reply(n, "v", answer)
+
+
+def in_process(sock, job, send):
+    """Candidate and tests in one process, for tests that cannot be split: a weaker word, and the Result says so."""
+    exec_, compile_, Failed, Bad, list_ = exec, compile, AssertionError, BaseException, list
+    outcomes, token = [], job["token"]
+    env = candidate_module(job["code"]).__dict__
+    stage = "syntax"
+    try:
+        code = compile_(job["code"], "solution.py", "exec", dont_inherit=True)
+        stage = "x"
+        exec_(code, env)
+        exec_(compile_(job["setup"], "setup.py", "exec"), env)
+    except Bad as error:
+        return send(sock, to_bytes(lambda careful: [0, stage if isinstance(error, SyntaxError) else "x", *pack(list_(describe(error)), None, careful)]))
+    for test in job["tests"]:
+        try: exec_(compile_(test, "tests.py", "exec"), env); outcome = ["passed", ""]
+        except Failed as error: outcome = ["failed", describe(error)[1]]
+        except Bad as error: outcome = ["memory" if isinstance(error, MemoryError) else "error", describe(error)[1]]
+        send(sock, to_bytes(lambda careful: [0, "test", *pack(outcome, None, careful)]))
+    sys.stdout.flush()
+    send(sock, to_bytes(lambda careful: [0, "done", token]))
+
+
+# ---------------------------------------------------------------- Z: forks one U a job, limits it, leaves nothing behind
+
+def limit(kind, value):
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def become_candidate(sock, out, job):
+    os.setsid()                                       # first: kill(0) would reach our parent's group
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0), os.dup2(out, 1), os.dup2(out, 2)
+    for fd in (null, out): os.close(fd)
+    os.chdir(job["scratch"])
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_CPU, int(job["timeout"]) + 2)
+    limit(resource.RLIMIT_AS, job["memory_mb"] << 20)
+    limit(resource.RLIMIT_FSIZE, 64 << 20)
+    limit(resource.RLIMIT_NOFILE, 256)
+
+
+def kill_all(pid):
+    """Kills U and whatever it started; returns how it ended and its CPU seconds."""
+    ended = None
+    while True:
+        try: os.killpg(pid, signal.SIGKILL)
+        except OSError: pass
+        try: done, status, usage = os.wait4(-1, 0)
+        except ChildProcessError: return ended
+        if done == pid: ended = status, usage.ru_utime + usage.ru_stime
+
+
+def serve_candidates(control):
+    import tempfile, shutil, gc
+    scratch = tempfile.mkdtemp(prefix="sandbox-")
+    gc.freeze()
+    try:
+        while True:
+            head, fds, _, _ = socket.recv_fds(control, 4, 1)
+            if not head: return
+            job = json.loads(control.recv(struct.unpack("<I", head)[0], socket.MSG_WAITALL))
+            job["scratch"] = scratch
+            sock = socket.socket(fileno=fds[0])
+            out, out_w = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    control.close(), os.close(out)
+                    become_candidate(sock, out_w, job)
+                    candidate(sock)
+                    sys.stdout.flush()
+                except EOFError: pass
+                finally: os._exit(0)
+            os.close(out_w)
+            report = supervise(pid, sock, out, control, job)
+            sock.close(), os.close(out)
+            for name in os.listdir(scratch):
+                path = os.path.join(scratch, name)
+                shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+            control.sendall(to_bytes(lambda careful: pack(report, None, careful)))
+    finally: shutil.rmtree(scratch, ignore_errors=True)
+
+
+def supervise(pid, sock, out, control, job):
+    """Waits until T hangs up, U ends or a limit is reached.  CPU time is the limit: wall time counts busy neighbours."""
+    start, clock = time.monotonic(), (~pid << 3) | 2             # the kernel's number for the CPU clock of pid
+    cpu, wall = job["timeout"], 3 * job["timeout"] + 2
+    child = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(child, select.POLLIN), poll.register(out, select.POLLIN)
+    poll.register(sock, select.POLLRDHUP), poll.register(control, select.POLLRDHUP)
+    kept, total, reason, left = [], 0, "", min(cpu, wall)
+    os.set_blocking(out, False)
+
+    def drain():
+        nonlocal total
+        try: data = os.read(out, 1 << 16)
+        except BlockingIOError: return False
+        if total < KEEP_OUTPUT: kept.append(data)
+        total += len(data)
+        return bool(data)
+
+    while not reason:
+        ready = dict(poll.poll(max(1, left * 1000)))
+        if control.fileno() in ready: os.killpg(pid, signal.SIGKILL); os._exit(0)         # the caller is gone
+        if child in ready: reason = "ended"
+        elif sock.fileno() in ready: reason = "done"
+        elif out in ready:
+            if not drain(): poll.unregister(out)
+            if total > MAX_OUTPUT: reason = "output"
+        left = min(cpu - time.clock_gettime(clock), wall - (time.monotonic() - start))
+        if not reason and left <= 0.001: reason = "timeout"
+    status, seconds = kill_all(pid)
+    os.close(child)
+    while total < MAX_OUTPUT and drain(): pass
+    if reason == "ended" and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU: reason = "timeout"
+    return {"reason": reason, "status": status, "seconds": seconds, "stdout": b"".join(kept)[:KEEP_OUTPUT].decode("utf-8", "replace")}
+
+
+# ---------------------------------------------------------------- T: holds the tests, calls U, compares
+
+class Gone(BaseException):
+    """U has died or broken the protocol: no test can go on."""
+
+
+class Remote:
+    """T's end of one U: sends requests, most of them ahead of time, and takes the replies."""
+    def __init__(self, sock, plan):
+        self.sock, self.link, self.plan, self.gone, self.proxies = sock, Link(sock), plan, False, {}
+        self.ahead, self.number = list(plan.ahead)[::-1], 0
+
+    def proxy(self, key):
+        if type(key) is not str: raise ValueError("bad handle")
+        if key not in self.proxies: self.proxies[key] = Proxy(self, key)
+        return self.proxies[key]
+
+    def receive(self, number):
+        while True:
+            try: reply = self.link.receive()
+            except (EOFError, OSError): self.gone = True; raise Gone from None
+            if type(reply) is list and len(reply) > 2 and reply[0] == number: return reply
+
+    def ask(self, op, *args, **kwargs):
+        if self.gone: raise Gone
+        self.number += 1
+        frame = request(self.number, op, args, kwargs)
+        if self.ahead and self.ahead[-1] == frame: self.ahead.pop()
+        else:
+            if self.ahead:                            # the tests took another way: skip what was asked ahead
+                self.number += len(self.ahead)
+                self.ahead = []
+                frame = request(self.number, op, args, kwargs)
+            try: self.sock.sendall(frame)
+            except OSError: self.gone = True; raise Gone from None
+        reply = self.receive(self.number)
+        if reply[1] == "x": raise remote_error(reply)
+        try:
+            value = unpack(reply[2], self.proxy)
+            if len(reply) > 3:
+                for old, new in zip(args, unpack(reply[3], self.proxy)): change(old, new)
+                for name, new in unpack({"dict": [[k, v] for k, v in reply[4].items()]}, self.proxy).items(): change(kwargs[name], new)
+            return value
+        except MemoryError: raise
+        except Exception as error: raise RuntimeError(f"the candidate's reply makes no sense: {error!r}") from None
+
+
+def remote_error(reply):
+    names, text = (reply[2], reply[3]) if len(reply) > 3 and type(reply[2]) is list else ([], "?")
+    for name in names:
+        kind = getattr(builtins, name, None) if type(name) is str else None
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            try: return kind(str(text))
+            except TypeError: pass                    # UnicodeDecodeError and its like want more arguments
+    return RuntimeError(str(text))
+
+
+def request(number, op, args, kwargs):
+    def other(x):
+        if type(x) is Proxy: return {"h": object.__getattribute__(x, "_key")}
+        raise TypeError(f"the tests pass a {type(x).__name__}, which cannot be sent")
+    return to_bytes(lambda careful: [number, op, [pack(a, other, careful) for a in args], {k: pack(v, other, careful) for k, v in kwargs.items()}])
+
+
+def change(old, new):
+    """Gives the container `old` the content of `new`, in place, so that every name for it sees the change."""
+    if type(old) is not type(new) or old is new: return
+    if type(old) is list:
+        for i, v in enumerate(new):
+            if i < len(old) and type(old[i]) is type(v) and type(v) in (list, dict, set): change(old[i], v); new[i] = old[i]
+        old[:] = new
+    elif type(old) is dict:
+        for k, v in new.items():
+            if k in old and type(old[k]) is type(v) and type(v) in (list, dict, set): change(old[k], v); new[k] = old[k]
+        old.clear(), old.update(new)
+    elif type(old) is tuple:
+        for a, b in zip(old, new): change(a, b)
+    elif type(old) in (set, bytearray): old.clear(), (old.update if type(old) is set else old.extend)(new)
+    elif hasattr(old, "maxlen"): old.clear(), old.extend(new)
+    elif isinstance(old, dict): old.clear(), old.update(new)
+
+
+class Proxy:
+    """An object that stays in U.  It never equals plain data, and no operator shows it a plain value to lie about."""
+    def __init__(self, remote, key):
+        object.__setattr__(self, "_remote", remote)
+        object.__setattr__(self, "_key", key)
+    def __call__(self, *args, **kwargs): return self._remote.ask("call", self, *args, **kwargs)
+    def __getattr__(self, name):
+        if name in VERDICTS or name.startswith("__") and name not in ("__name__", "__doc__"): raise AttributeError(name)
+        if name in self._remote.plan.methods: return lambda *a, **k: self._remote.ask("method", self, name, *a, **k)
+        return self._remote.ask("getattr", self, name)
+    def __setattr__(self, name, value): self._remote.ask("setattr", self, name, value)
+    def __getitem__(self, key): return self._remote.ask("getitem", self, key)
+    def __setitem__(self, key, value): self._remote.ask("setitem", self, key, value)
+    def __delitem__(self, key): self._remote.ask("delitem", self, key)
+    def __iter__(self): return self._remote.ask("iter", self)
+    def __next__(self): return self._remote.ask("next", self)
+    def __contains__(self, item): return any(item == v for v in iter(self))   # U's own __contains__ could say yes to all
+    def __len__(self): return self._remote.ask("len", self)
+    def __bool__(self): return self._remote.ask("bool", self) is True
+    def __str__(self): return self._remote.ask("str", self)
+    def __repr__(self): return self._remote.ask("repr", self)
+    def __int__(self): return self._remote.ask("int", self)
+    def __float__(self): return self._remote.ask("float", self)
+    def __abs__(self): return self._remote.ask("abs", self)
+    def __neg__(self): return self._remote.ask("neg", self)
+    def __round__(self, *digits): return self._remote.ask("round", self, *digits)
+    def __hash__(self): return hash(self._key)
+    def __instancecheck__(self, x): return type(x) is Proxy and self._remote.ask("isinstance", x, self) is True
+    def __subclasscheck__(self, x): return type(x) is Proxy and self._remote.ask("issubclass", x, self) is True
+    def __eq__(self, other):
+        if type(other) is not Proxy: return False
+        return self._key == other._key or self._remote.ask("eq", self, other) is True
+
+for _name in "lt le gt ge add sub mul truediv floordiv mod pow and or xor matmul".split():     # between two handles only
+    def _method(self, other, op={"and": "and_", "or": "or_"}.get(_name, _name)):
+        return self._remote.ask(op, self, other) if type(other) is Proxy else NotImplemented
+    setattr(Proxy, f"__{_name}__", _method)
+VERDICTS = {n for t in (str, set, bytes, float) for n in dir(t) if n.startswith(("is", "starts", "ends"))}     # `f(x).startswith("a")` asks for a str, not for a friend of the candidate
+
+
+UNSPLIT = set("redirect_stdout redirect_stderr patch mock StringIO stdout stdin stderr capsys asyncio inspect globals locals eval exec".split())
+PLAIN_MODULES = set("""math cmath re sys random string itertools functools collections operator copy datetime decimal fractions
+    heapq bisect statistics time json typing numbers array struct hashlib calendar numpy textwrap types enum dataclasses""".split())
+
+
+@dataclass
+class Plan:
+    """What one list of tests needs, found from its text alone and kept for the next candidate."""
+    setup: object
+    tests: list
+    names: list          # names that only the candidate can give
+    modules: dict        # names that T imports itself
+    methods: set         # attributes that the tests only ever call: one message, not two
+    ahead: list          # requests that the tests will make whatever the replies are, sent in one go
+    why: str             # why the tests cannot be split, or ""
+    bad: str             # a test that does not compile
+
+
+@lru_cache(maxsize=256)
+def plan(setup, tests, entry_point):
+    try: trees = [ast.parse(setup)] + [ast.parse(t) for t in tests]
+    except Exception as error: return Plan(None, [], [], {}, set(), [], "", f"the tests do not compile: {error}")
+    nodes = [n for t in trees for n in ast.walk(t)]
+    bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    functions = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    bound |= functions | {n.arg for n in nodes if isinstance(n, ast.arg)}
+    bound |= {(a.asname or a.name).split(".")[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    bound |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
+    loads = {n.id for n in nodes if isinstance(n, ast.Name)} - bound
+    if entry_point: loads.add(entry_point)
+    names = {n for n in loads if n == entry_point or not hasattr(builtins, n)}
+    modules = {n: "numpy" if n == "np" else n for n in names if n != entry_point and (n in PLAIN_MODULES or n == "np")}
+    names -= set(modules)
+    called = {n.func for n in nodes if isinstance(n, ast.Call)}
+    methods = {n.attr for n in called if isinstance(n, ast.Attribute)} - {n.attr for n in nodes if isinstance(n, ast.Attribute) and n not in called}
+    why = ""
+    for n in nodes:
+        word = n.id if isinstance(n, ast.Name) else n.attr if isinstance(n, ast.Attribute) else ""
+        if word in UNSPLIT and word != entry_point: why = word
+        elif isinstance(n, (ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith)): why = "async"
+        elif isinstance(n, (ast.Import, ast.ImportFrom)) and UNSPLIT & {p for a in n.names for p in [*a.name.split("."), getattr(n, "module", "") or ""]}: why = "import"
+        elif isinstance(n, ast.ExceptHandler) and n.type and names & {m.id for m in ast.walk(n.type) if isinstance(m, ast.Name)}: why = "except"
+        elif isinstance(n, ast.ClassDef) and names & {m.id for b in n.bases for m in ast.walk(b) if isinstance(m, ast.Name)}: why = "class"
+        elif isinstance(n, (ast.With)) and names & {m.id for i in n.items for m in ast.walk(i.context_expr) if isinstance(m, ast.Name)}: why = "with"
+        elif isinstance(n, ast.Call) and (isinstance(n.func, ast.Attribute) or isinstance(n.func, ast.Name) and (n.func.id in names or n.func.id == "candidate")):
+            for a in [*n.args, *(k.value for k in n.keywords)]:
+                if isinstance(a, (ast.Lambda, ast.GeneratorExp)) or isinstance(a, ast.Name) and a.id in functions and a.id not in names: why = "a function is passed"
+    check = next((i for i, t in enumerate(trees[1:]) for n in t.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None)
+    if check is not None and entry_point and not any(isinstance(f, ast.Name) and f.id == "check" for f in called):
+        trees[1 + check].body += ast.parse(f"check({entry_point})").body       # a bare `def check(candidate)` tests nothing
+    try: codes = [compile(t, "tests.py", "exec") for t in trees]
+    except Exception as error: return Plan(None, [], [], {}, set(), [], "", f"the tests do not compile: {error}")
+    return Plan(codes[0], codes[1:], sorted(names), modules, methods, [], why and f"the tests cannot be split: {why}", "")
+
+
+def judge(job, sock):
+    """One job: the verdict, as far as T can know it."""
+    tests, trust = tuple(job["tests"]), job["trust"]
+    p = plan(job["setup"], tests, job["entry_point"])
+    report = {"passed_tests": 0, "total_tests": len(tests), "status": "error", "error": p.bad, "trust": "split", "gone": False}
+    if p.bad or trust == "split" and p.why: return report | {"error": p.bad or p.why}
+    failed = []                                                        # (status, error) of each test that did not hold
+    if trust == "in_process" or p.why:
+        report["trust"], token, link, done = "in_process", os.urandom(16).hex(), Link(sock), False
+        try:
+            sources = list(tests)
+            if p.tests and job["entry_point"] and "check" in job["setup"] + "".join(tests): pass
+            sock.sendall(to_bytes(lambda careful: [0, "tests", pack({"code": job["code"], "setup": job["setup"], "tests": sources, "token": token}, None, careful)]))
+            while not done:
+                reply = link.receive()
+                if reply[1] == "test":
+                    if reply[2] == "passed": report["passed_tests"] += 1
+                    else: failed.append((str(reply[2]), str(unpack(reply[3], None))))
+                elif reply[1] == "done": done = reply[2] == token
+                else: return report | {"status": "syntax" if reply[1] == "syntax" else "memory" if "MemoryError" in reply[2] else "error", "error": str(unpack(reply[3], None)), "passed_tests": 0}
+        except Exception: report["gone"] = True
+    else:
+        remote = Remote(sock, p)
+        try:
+            sock.sendall(to_bytes(lambda careful: [0, "code", pack({"code": job["code"], "names": p.names}, None, careful)]) + b"".join(p.ahead))
+            reply = remote.receive(0)
+            if reply[1] != "v":
+                text = str(unpack(reply[3], None)) if len(reply) > 3 else "?"
+                return report | {"status": "syntax" if reply[1] == "syntax" else "memory" if "MemoryError" in reply[2] else "error", "error": text}
+            env = {"__name__": "tests", "__builtins__": dict(vars(builtins))}
+            for name, module in p.modules.items():
+                try: env[name] = __import__(module)
+                except ImportError: pass
+            for name, value in (reply[2] if type(reply[2]) is dict else {}).items():
+                if name not in p.names: continue
+                try: env[name] = __import__(value["module"]) if type(value) is dict and value.get("module") in PLAIN_MODULES else unpack(value, remote.proxy)
+                except Exception: pass
+            if "random" in sys.modules: sys.modules["random"].seed(0)         # labels must be reproducible
+            exec(p.setup, env)
+            for test in p.tests:
+                try:
+                    exec(test, env)
+                    if remote.gone: raise Gone                                # the tests' own `except:` hid it
+                    report["passed_tests"] += 1
+                except AssertionError as error: failed.append(("failed", f"AssertionError: {error}"))
+                except MemoryError as error: failed.append(("memory", "MemoryError"))
+                except Exception as error: failed.append(("error", f"{type(error).__name__}: {error}"))
+        except (Gone, OSError): report["gone"] = True
+        except BaseException as error: failed.append(("error", f"{type(error).__name__}: {error}"))
+    if report["passed_tests"] == len(tests) and not failed and not report["gone"]: return report | {"status": "passed"}
+    return report | ({"status": failed[0][0], "error": failed[0][1][:1000]} if failed else {"error": "" if report["gone"] else "no test ran to its end"})
+
+
+def serve_tests(control):
+    limit(resource.RLIMIT_AS, JUDGE_MB << 20)
+    link = Link(control)
+    while True:
+        head, fds, _, _ = socket.recv_fds(control, 4, 1)
+        if not head: return
+        job = json.loads(link.take(struct.unpack("<I", head)[0]))
+        used = time.process_time()
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used + job["timeout"]) + 3, resource.RLIM_INFINITY))
+        with socket.socket(fileno=fds[0]) as sock: report = judge(job, sock)
+        control.sendall(to_bytes(lambda careful: pack(report, None, careful)))
+
+
+# ---------------------------------------------------------------- the caller's side
+
+class Worker:
+    """One Z and one T, spawned once (never forked: a process that holds torch forks slowly) and kept."""
+    def __init__(self):
+        self.helpers = {}
+
+    def start(self, role):
+        import subprocess
+        ours, theirs = socket.socketpair()
+        folder, file = os.path.split(os.path.abspath(__file__))
+        paths = [p for p in sys.path if "site-packages" in p or "dist-packages" in p]
+        code = f"import sys; sys.path.insert(0, {folder!r}); import {file[:-3]} as s; sys.path[:] = [p for p in sys.path if p not in ('', {folder!r})] + {paths!r}; s.serve({role!r}, {theirs.fileno()})"
+        process = subprocess.Popen([sys.executable, "-s", "-S", "-X", "utf8", "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, cwd="/", env={"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}, start_new_session=True)
+        theirs.close()
+        self.helpers[role] = process, ours
+
+    def submit(self, job):
+        for role in ("Z", "T"):
+            if role not in self.helpers: self.start(role)
+        self.job, self.reports, (a, b) = job, {}, socket.socketpair()
+        with a, b:
+            for role, end in (("Z", b), ("T", a)):
+                keys = ("timeout", "memory_mb") if role == "Z" else ("code", "tests", "setup", "entry_point", "timeout", "trust")
+                data = json.dumps({k: job[k] for k in keys}).encode()
+                sock = self.helpers[role][1]
+                socket.send_fds(sock, [struct.pack("<I", len(data))], [end.fileno()])
+                sock.sendall(data)
+        self.deadline = time.monotonic() + 4 * job["timeout"] + 20
+
+    def collect(self, role):
+        self.reports[role] = unpack(Link(self.helpers[role][1]).receive(), None)
+        return merge(self.reports["T"], self.reports["Z"]) if len(self.reports) == 2 else None
+
+    def drop(self, role):
+        """Ends a helper; returns its exit status."""
+        process, sock = self.helpers.pop(role)
+        sock.close()
+        process.kill()
+        return process.wait()
+
+
+def merge(t, z):
+    """The Result of a job from T's word and the way in which U ended."""
+    status, error = t["status"], t["error"]
+    if t["gone"]:
+        how = z["status"]
+        status = z["reason"] if z["reason"] in ("timeout", "output") else "error"
+        error = {"timeout": "time limit", "output": "output limit"}.get(status) or (
+            f"ended by signal {os.WTERMSIG(how)}" if os.WIFSIGNALED(how) else f"ended with exit code {os.WEXITSTATUS(how)} before its tests were done")
+    return Result(status, status == "passed", t["passed_tests"], t["total_tests"], z["seconds"], z["stdout"], error, t["trust"])
+
+
+IDLE, OWNER = [], [0]
+
+
+def close():
+    """Ends the idle helpers.  They also end by themselves when the caller does."""
+    while IDLE and OWNER[0] == os.getpid():
+        worker = IDLE.pop()
+        for role in list(worker.helpers): worker.drop(role)
+
+
+atexit.register(close)
+
+
+def run_many(jobs, workers=None, on_result=None):
+    """Results of the jobs (dicts of run's arguments) in their order, from `workers` pairs of helpers at a time."""
+    jobs = [dict(setup="", entry_point=None, timeout=3.0, memory_mb=512, trust="auto") | j for j in jobs]
+    if OWNER[0] != os.getpid(): OWNER[0] = os.getpid(); IDLE.clear()           # after a fork the helpers are the parent's
+    results, tries, todo, busy = [None] * len(jobs), [0] * len(jobs), list(range(len(jobs)))[::-1], {}
+    free = [IDLE.pop() if IDLE else Worker() for _ in range(min(len(jobs), workers or os.cpu_count() or 1))]
+    poll = select.poll()
+    try:
+        while todo or busy:
+            while todo and free:
+                worker, i = free.pop(), todo.pop()
+                worker.index = i
+                try: worker.submit(jobs[i])
+                except OSError:
+                    for role in list(worker.helpers): worker.drop(role)
+                    todo.append(i)
+                    free.append(worker)
+                    continue
+                for role, (_, sock) in worker.helpers.items():
+                    busy[sock.fileno()] = worker, role
+                    poll.register(sock, select.POLLIN)
+            for fd, _ in poll.poll(1000):
+                if fd not in busy: continue
+                worker, role = busy.pop(fd)
+                poll.unregister(fd)
+                try: result = worker.collect(role)
+                except EOFError:
+                    for r in list(worker.helpers):
+                        f = worker.helpers[r][1].fileno()
+                        if busy.pop(f, None): poll.unregister(f)
+                    codes = {r: worker.drop(r) for r in list(worker.helpers)}
+                    tries[worker.index] += 1
+                    result = None
+                    if codes.get("T") == -signal.SIGXCPU or tries[worker.index] > 2:
+                        result = Result("timeout" if codes.get("T") == -signal.SIGXCPU else "error", False, 0, len(jobs[worker.index]["tests"]), 0.0, "", "the tests ran too long on the candidate's values" if codes.get("T") == -signal.SIGXCPU else "helpers died", "split")
+                    else:
+                        todo.append(worker.index)
+                        free.append(worker)
+                        continue
+                if result:
+                    results[worker.index] = result
+                    if on_result: on_result(worker.index, result)
+                    free.append(worker)
+    finally:
+        for worker, _ in busy.values():
+            for role in list(worker.helpers): worker.drop(role)
+        IDLE.extend(w for w in free if w.helpers)
+    return results
+
+
+def run(code, tests, *, setup="", entry_point=None, timeout=3.0, memory_mb=512, trust="auto"):
+    """Runs one program against its tests."""
+    return run_many([dict(code=code, tests=tests, setup=setup, entry_point=entry_point, timeout=timeout, memory_mb=memory_mb, trust=trust)], workers=1)[0]
+
+
+def serve(role, fd):
+    control = socket.socket(fileno=fd)
+    import collections, copy, functools, heapq, math, string, typing
+    (serve_candidates if role == "Z" else serve_tests)(control)
+
+
+# ---------------------------------------------------------------- from a response to a program
+
+@lru_cache(maxsize=4096)
+def complete_part(prefix):
+    """The longest run of leading lines that parses by itself: imports and helpers stay, an open `def f(x):` goes."""
+    lines = prefix.splitlines(keepends=True)
+    for end in range(len(lines), 0, -1):
+        try: ast.parse("".join(lines[:end]))
+        except Exception: continue
+        return "".join(lines[:end]).rstrip("\n") + "\n"
+    return ""
+
+
+def defines(code, name):
+    name = re.escape(name) if name else r"\w+"
+    return re.search(rf"^(?:async[ \t]+def|def|class)[ \t]+{name}\b|^{name}[ \t]*(?::[^=\n]+)?=(?!=)", code, re.M) is not None
+
+
+def program(problem, response):
+    """The candidate's program: the one place where code is taken out of a response.  Never raises, whatever the text."""
+    prefix, entry_point = problem.get("prefix") or "", problem.get("entry_point")
+    blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)(?=^[ \t]*```|\Z)(?:[ \t]*```[^\n]*)?", response, re.S | re.M)
+    code = response
+    if blocks:
+        code = next((b for b in reversed(blocks) if defines(b, entry_point)), blocks[0])
+        before = response[:response.index("```")]
+        if response.count("```") == 1 and before.strip() and not defines(code, entry_point): code = before   # only the closing fence
+    if defines(code, entry_point): return complete_part(prefix) + code
+    return prefix + code
+
+
+# ---------------------------------------------------------------- command line
+
+class BadInput(Exception):
+    """Something wrong in a file; the message is the one line that the user sees."""
+
+
+FIELDS = {"task_id": (str, int), "prefix": (str, type(None)), "setup": (str, type(None)), "entry_point": (str, type(None)), "tests": list, "response": str}
+
+
+def records(path, needed):
+    """The records of a JSONL file.  A bad line is reported with file, line number and field."""
+    found = []
+    try: lines = open(path, encoding="utf-8").read().split("\n")
+    except (OSError, ValueError) as error: raise BadInput(f"{path}: cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip(): continue
+        try: record = json.loads(line)
+        except (ValueError, RecursionError) as error: raise BadInput(f"{path}, line {number}: not JSON: {error}") from None
+        if type(record) is not dict: raise BadInput(f"{path}, line {number}: not a JSON object")
+        for field in needed:
+            if field not in record: raise BadInput(f"{path}, line {number}: field {field!r} is missing")
+        for field in FIELDS.keys() & record.keys():
+            if not isinstance(record[field], FIELDS[field]): raise BadInput(f"{path}, line {number}: field {field!r} is a {type(record[field]).__name__}")
+        if not all(isinstance(t, str) for t in record.get("tests", [])): raise BadInput(f"{path}, line {number}: field 'tests' holds something other than strings")
+        found.append((number, record))
+    return found
+
+
+def finished(path, samples):
+    """How many samples an earlier run has already written to `path`; a last line that was cut off is taken away."""
+    if not os.path.exists(path): return 0
+    with open(path, "rb") as file: data = file.read()
+    whole = data[:data.rfind(b"\n") + 1]
+    lines = whole.split(b"\n")[:-1]
+    if len(lines) > len(samples): raise BadInput(f"{path}, line {len(samples) + 1}: more records than there are samples; it is left as it is")
+    for number, (line, (_, sample)) in enumerate(zip(lines, samples), 1):
+        try: old = json.loads(line)
+        except ValueError: old = None
+        if type(old) is not dict or "status" not in old: raise BadInput(f"{path}, line {number}: not a result of this program; it is left as it is")
+        for field in ("task_id", "response"):
+            if old.get(field) != sample[field]: raise BadInput(f"{path}, line {number}: field {field!r} differs from the sample's; it is left as it is")
+    if len(whole) < len(data): os.truncate(path, len(whole))
+    return len(lines)
+
+
+def score_file(args):
+    problems = {}
+    for number, problem in records(args.problems, ["task_id", "tests"]):
+        if problem["task_id"] in problems: raise BadInput(f"{args.problems}, line {number}: field 'task_id' repeats {problem['task_id']!r}")
+        problems[problem["task_id"]] = problem
+    samples = records(args.samples, ["task_id", "response"])
+    for number, sample in samples:
+        if sample["task_id"] not in problems: raise BadInput(f"{args.samples}, line {number}: field 'task_id' {sample['task_id']!r} is not in {args.problems}")
+    if os.path.exists(args.output) and any(os.path.samefile(args.output, p) for p in (args.problems, args.samples)):
+        raise BadInput(f"{args.output}: is an input")
+    start = finished(args.output, samples)
+    jobs = []
+    for _, sample in samples[start:]:
+        problem = problems[sample["task_id"]]
+        jobs.append(dict(code=program(problem, sample["response"]), tests=problem["tests"], setup=problem.get("setup") or "", entry_point=problem.get("entry_point"),
+                         timeout=args.timeout, memory_mb=args.memory_mb, trust=args.trust))
+    waiting, done, passed = {}, start, 0
+    try: out = open(args.output, "a", encoding="utf-8")
+    except OSError as error: raise BadInput(f"{args.output}: cannot be written: {error}") from None
+    with out:
+        def on_result(index, result):                # results are written in the order of the samples, so a run can go on
+            nonlocal done, passed
+            waiting[start + index] = result
+            passed += result.passed
+            while done in waiting:
+                result, sample = waiting.pop(done), samples[done][1]
+                out.write(json.dumps(sample | {"actual_score": float(result.passed), "passed_tests": result.passed_tests, "total_tests": result.total_tests, "status": result.status}) + "\n")
+                out.flush()
+                done += 1
+            count = done + len(waiting)
+            if sys.stderr.isatty() or count == len(samples) or count % 1000 == 0:
+                filled = 30 * count // len(samples)
+                print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {count}/{len(samples)}, {passed} of {count - start} passed", end="", file=sys.stderr, flush=True)
+        run_many(jobs, args.workers, on_result)
+    print(f"\n{args.output}: {len(samples)} samples, {start} of them from an earlier run", file=sys.stderr)
+
+
+def main():
+    import argparse
+    parser = argparse.ArgumentParser(description="Scores samples by the tests of their problems.")
+    parser.add_argument("problems", metavar="PROBLEMS.jsonl")
+    parser.add_argument("samples", metavar="SAMPLES.jsonl")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT.jsonl", help="the samples with their scores; an interrupted run goes on where it stopped")
+    parser.add_argument("--workers", type=int, default=None, help="programs at a time; default: the number of cores")
+    parser.add_argument("--timeout", type=float, default=3.0, help="CPU seconds a program")
+    parser.add_argument("--memory_mb", type=int, default=512, help="address space of a program")
+    parser.add_argument("--trust", choices=["auto", "split", "in_process"], default="auto")
+    try: score_file(parser.parse_args())
+    except BadInput as error: print(f"sandbox.py: {error}", file=sys.stderr); return 2
+    except KeyboardInterrupt: print("\nstopped; the same command goes on from here", file=sys.stderr); return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
