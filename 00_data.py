@@ -33,10 +33,13 @@ Simplified against the paper: its 7k reward and 3k PPO prompts are collected one
 """
 
 import argparse
+import ast
 import dataclasses
 import functools
+import gzip
 import inspect
 import json
+import logging
 import os
 import random
 import re
@@ -93,33 +96,6 @@ def parse_config(config_class, description):
     return config_class(**vars(parser.parse_args()))
 
 
-def read_jsonl(path, fields):
-    """Read records from a JSONL file.
-
-    Args:
-        fields: {name: type or tuple of types}; a record without one of them, or with another type, is an error
-            that names file, line and field (exit code 2), as are a missing and an empty file.
-    """
-    if not Path(path).is_file():
-        fail(f"{path} does not exist; run the stage that writes it first (README, the table of stages)")
-    records = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                fail(f"{path}, line {number}: not JSON ({error}); repair or delete the line")
-            if not isinstance(record, dict):
-                fail(f"{path}, line {number}: not a JSON object; repair or delete the line")
-            for name, types in fields.items():
-                if not isinstance(record.get(name), types):
-                    fail(f"{path}, line {number}: field '{name}' is missing or has the wrong type")
-            records.append(record)
-    if not records:
-        fail(f"{path} is empty; write at least one record to it")
-    return records
-
-
 def write_jsonl(path, records):
     """Write records to a JSONL file, whole or not at all: a temporary file takes its place when it is complete."""
     temporary = Path(f"{path}.tmp")
@@ -138,6 +114,8 @@ def finished(cfg, directory):
     """
     path = Path(directory) / "stage_config.json"
     if not path.is_file():
+        if Path(directory).exists():
+            fail(f"{directory} exists but holds no finished run; delete it or choose another --out")
         return False
     old, new = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(cfg)
     changed = [f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in new if old.get(name) != new[name]]
@@ -570,8 +548,9 @@ def choose_tests(chain, pool, rng):
                           if told_apart([compiled(line, VARIABLE[step.takes]), *right[start + 1:]], start)})
         if not mutations[-1]:
             return None
-    while len(chosen) < MIN_TESTS:
-        chosen.append(others.pop(0))
+    while len(chosen) < MIN_TESTS:  # fill up, with results that are not among the tests yet where there are any
+        results = [values[-1] for values in chosen]
+        chosen.append(others.pop(next((n for n, values in enumerate(others) if values[-1] not in results), 0)))
     return chosen, others, mutations
 
 
@@ -680,8 +659,181 @@ def tiny_splits(cfg):
     return splits
 
 
+# ---- public data sets ----
+
+HUB = {  # name and configuration on the Hugging Face hub
+    "humaneval": ("openai/openai_humaneval", None),
+    "mbpp": ("google-research-datasets/mbpp", "full"),
+    "mbpp_sanitized": ("google-research-datasets/mbpp", "sanitized"),
+    "leetcode": ("TechxGenus/LeetCode-Contest", None),
+    "magicoder": ("ise-uiuc/Magicoder-OSS-Instruct-75K", None),
+    "evol": ("theblackcat102/evol-codealpaca-v1", None),
+}
+FIELDS = {  # what their records must have
+    "humaneval": {"task_id": str, "prompt": str, "entry_point": str, "canonical_solution": str, "test": str},
+    "mbpp": {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str},
+    "mbpp_sanitized": {"task_id": int, "prompt": str, "code": str, "test_list": list, "test_imports": list},
+    "leetcode": {"task_id": str, "prompt": str, "test": str},
+    "magicoder": {"problem": str, "solution": str},
+    "evol": {"instruction": str, "output": str},
+}
+LEETCODE_PREAMBLE = "\n".join([  # what LeetCode imports for its users; numpy, in the authors' list too, is left out
+    "import math", "import re", "import sys", "import copy", "import datetime", "import itertools", "import collections",
+    "import heapq", "import functools", "import hashlib", "import string", "import bisect",
+    "from typing import *", "from collections import *", "from functools import *", ""])
+
+
+def hub_records(dataset):
+    """The records of a data set of the hub, as [(place, record)]; the place names a record in an error message."""
+    name, configuration = HUB[dataset]
+    try:
+        import datasets  # here, since the tiny set must not wait for it
+    except ImportError:
+        fail("the package datasets is missing; run `pip install datasets`, or pass a local copy with --file")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it warns of each of six attempts
+    print(f"loading {name} from the hub", flush=True)
+    try:
+        splits = datasets.load_dataset(name, configuration)
+    except Exception as error:  # no network, no such data set, no access: the library has a dozen types for it
+        reason = str(error).strip().partition("\n")[0]
+        fail(f"cannot load {name} from the hub ({reason}); without a network pass a local copy of its records with --file")
+    return [(f"{name}, split {split}, record {number}", record)
+            for split in splits for number, record in enumerate(splits[split], 1)]
+
+
+def file_records(path):
+    """The records of a local file, as [(place, record)]: JSON lines, gzipped or not, or one JSON list."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, EOFError, UnicodeDecodeError) as error:  # EOFError: a gzip file that was cut off
+        fail(f"cannot read {path} ({getattr(error, 'strerror', None) or error}); give a .jsonl or .jsonl.gz file")
+    if text.startswith("["):  # MBPP's authors publish the sanitized part so
+        try:
+            return [(f"{path}, record {number}", record) for number, record in enumerate(json.loads(text), 1)]
+        except ValueError as error:
+            fail(f"{path}: not a JSON list ({error}); download it again")
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() also splits at U+2028, which JSON strings may hold
+        if line.strip():
+            try:
+                records.append((f"{path}, line {number}", json.loads(line)))
+            except ValueError as error:
+                fail(f"{path}, line {number}: not JSON ({error}); repair or delete the line")
+    return records
+
+
+def check_record(place, record, dataset):
+    """Stop with one line at a record that has not the fields of its data set."""
+    for name, kind in FIELDS[dataset].items():
+        value = record.get(name) if isinstance(record, dict) else None
+        if not isinstance(value, kind) or kind is list and not all(isinstance(item, str) for item in value):
+            fail(f"{place}: field '{name}' is missing or has the wrong type; is this the data set {dataset}?")
+
+
+def humaneval_problem(record):
+    """HumanEval: the response goes on where the prompt ends, and `check` calls the function."""
+    seed = "import random\nrandom.seed(0)\n" if "random" in record["test"] else ""  # the same label every time
+    return {"task_id": record["task_id"], "prompt": record["prompt"], "prefix": record["prompt"],
+            "setup": seed + record["test"], "entry_point": record["entry_point"],
+            "tests": [f"check({record['entry_point']})"], "solution": record["canonical_solution"], "source": "humaneval"}
+
+
+def called_name(code, tests):
+    """The function that MBPP wants, which no field names: the first call in the tests of a name that `code` defines."""
+    defined = {node.name for node in ast.parse(code).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for test in tests:
+        for node in ast.walk(ast.parse(test)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in defined:
+                return node.func.id
+    return None
+
+
+def mbpp_problem(record, dataset):
+    """MBPP: the prompt shows the tests, since the text does not name the function; the response is a whole program."""
+    code = record["code"].replace("\r\n", "\n").rstrip() + "\n"
+    tests = [test.strip() for test in record["test_list"]]
+    text = record["text" if dataset == "mbpp" else "prompt"]
+    setup = record["test_setup_code"] if dataset == "mbpp" else "\n".join(record["test_imports"])
+    return {"task_id": f"{dataset}/{record['task_id']}",
+            "prompt": f"{text.strip()} Your code should pass these tests:\n\n" + "\n".join(tests) + "\n",
+            "prefix": "", "setup": setup.replace("\r\n", "\n"), "entry_point": called_name(code, tests), "tests": tests,
+            "solution": code, "source": dataset}
+
+
+def leetcode_problem(record):
+    """LeetCode contest: the response completes a method. Each test becomes one assert that stands alone.
+
+    The file has pairs of `test_input = {...}` and `assert my_solution.method(**test_input) == value`, after
+    `my_solution = Solution()` and, for linked lists, two helpers; these go to the setup.
+    """
+    lines, setup, tests, test_input = record["test"].split("\n"), [], [], "{}"
+    for node in ast.parse(record["test"]).body:
+        source = "\n".join(lines[node.lineno - 1:node.end_lineno])
+        if isinstance(node, ast.Assert):
+            tests.append(source.replace("**test_input", f"**{test_input}"))
+        elif source.startswith("test_input = "):
+            test_input = source.removeprefix("test_input = ")
+        else:
+            setup.append(source)
+    return {"task_id": record["task_id"], "prompt": record["prompt"], "prefix": LEETCODE_PREAMBLE + record["prompt"],
+            "setup": "\n".join(setup) + "\n", "entry_point": "Solution", "tests": tests, "solution": None,
+            "source": "leetcode"}
+
+
+def instruction_problem(record, dataset, number):
+    """Magicoder and evol-codealpaca: an instruction and an answer in Markdown, without tests: for SFT only."""
+    instruction, answer = (record[name] for name in FIELDS[dataset])
+    return {"task_id": f"{dataset}/{number}", "prompt": instruction.rstrip() + "\n", "prefix": "", "setup": "",
+            "entry_point": None, "tests": [], "solution": answer.rstrip() + "\n", "source": dataset}
+
+
+def mbpp_splits(records, problems, seed):
+    """MBPP's usual splits by number: 11-510 test, 511-600 validation, 601-974 training, halved into rm and ppo.
+
+    1-10 are left out: they are the examples that few-shot prompts show.
+    """
+    splits = {"rm": [], "ppo": [], "validation": [], "test": []}
+    training = [problem for record, problem in zip(records, problems) if record["task_id"] > 600]
+    random.Random(f"mbpp {seed}").shuffle(training)
+    splits["rm"], splits["ppo"] = training[:len(training) // 2], training[len(training) // 2:]
+    for record, problem in zip(records, problems):
+        if 10 < record["task_id"] <= 600:
+            splits["test" if record["task_id"] <= 510 else "validation"].append(problem)
+    return splits
+
+
+def public_splits(cfg):
+    """{split: problems} of a public data set; splits without problems are left out."""
+    places_and_records = file_records(cfg.file) if cfg.file else hub_records(cfg.dataset)
+    problems = []
+    for number, (place, record) in enumerate(places_and_records):
+        check_record(place, record, cfg.dataset)
+        try:
+            if cfg.dataset == "humaneval":
+                problems.append(humaneval_problem(record))
+            elif cfg.dataset == "leetcode":
+                problems.append(leetcode_problem(record))
+            elif cfg.dataset in ("mbpp", "mbpp_sanitized"):
+                problems.append(mbpp_problem(record, cfg.dataset))
+            else:
+                problems.append(instruction_problem(record, cfg.dataset, number))
+        except (SyntaxError, ValueError) as error:
+            fail(f"{place}: code that Python cannot parse ({error}); repair or delete the record")
+    if cfg.dataset in ("mbpp", "mbpp_sanitized"):
+        splits = mbpp_splits([record for _, record in places_and_records], problems, cfg.seed)
+    else:
+        splits = {"test" if cfg.dataset in ("humaneval", "leetcode") else "sft": problems}
+    splits = {split: records for split, records in splits.items() if records}
+    if not splits:
+        fail(f"{cfg.file or HUB[cfg.dataset][0]} has no problems; give a file with at least one record")
+    return splits
+
+
 def check_config(cfg):
     """Stop with one line at settings that cannot work."""
+    if cfg.file and cfg.dataset == "tiny":
+        fail("--file goes with a public data set, the tiny one is generated; add --dataset humaneval, say")
     for split in ("sft", "rm", "ppo", "validation", "test"):
         if getattr(cfg, split) < 1:
             fail(f"--{split} is {getattr(cfg, split)}: a split needs at least one problem")
@@ -702,10 +854,8 @@ def main(cfg):
     out = Path(cfg.out or f"data/{cfg.dataset}")
     if finished(cfg, out):
         return
-    if out.exists():
-        fail(f"{out} exists but no finished run of this script made it; delete it or choose another --out")
     started = time.perf_counter()
-    splits = tiny_splits(cfg)
+    splits = tiny_splits(cfg) if cfg.dataset == "tiny" else public_splits(cfg)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
