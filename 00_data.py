@@ -49,11 +49,18 @@ import time
 import typing
 from pathlib import Path
 
+DATASETS = ("tiny", "humaneval", "mbpp", "mbpp_sanitized", "leetcode", "magicoder", "evol")
+
+
+def shares(*numbers):
+    """A default of a Config field that is a list."""
+    return dataclasses.field(default_factory=lambda: list(numbers))
+
 
 @dataclasses.dataclass
 class Config:
-    dataset: typing.Literal["tiny", "humaneval", "mbpp", "mbpp_sanitized", "leetcode", "magicoder", "evol"] = "tiny"  # which problems
-    file: str = ""  # local copy of the data set's records (.jsonl, .jsonl.gz or a .json list); "": from the hub
+    dataset: typing.Literal[DATASETS] = "tiny"  # which problems to write
+    file: str = ""  # local copy of the data set's records (.jsonl, .jsonl.gz, or a .json list); "": from the hub
     out: str = ""  # output folder; "": data/<dataset>
     seed: int = 0  # seed of everything random here
     sft: int = 6000  # tiny: problems with flawed solutions for fine-tuning; paper: 130k
@@ -61,12 +68,15 @@ class Config:
     ppo: int = 1000  # tiny: prompts for PPO; paper: 3k
     validation: int = 300  # tiny: problems that choose the best checkpoint
     test: int = 500  # tiny: problems that nothing is chosen by; 500 give a 95% interval of about 4 points
-    length_weights: list[float] = dataclasses.field(default_factory=lambda: [5, 30, 35, 20, 10])  # tiny: shares of problems with 1, 2, .. steps
-    hard_share: float = 0.15  # tiny: share of step kinds that are wrong more often than right; more makes greedy SFT worse
-    easy_flaws: list[float] = dataclasses.field(default_factory=lambda: [0.05, 0.4])  # tiny: range of flaw probabilities of the other kinds
-    hard_flaws: list[float] = dataclasses.field(default_factory=lambda: [0.58, 0.7])  # tiny: range of flaw probabilities of the hard kinds
-    usual_flaw: float = 0.85  # tiny: probability that a flaw is its kind's usual one; high, so that it wins under greedy decoding
-    missing_step: float = 0.025  # tiny: share of flaws that are a missing step; at 25% reward models learn length alone
+    lengths: list[float] = shares(5, 30, 35, 20, 10)  # tiny: shares of problems with 1, 2, .. steps; longer is harder
+    hard_share: float = 0.15  # tiny: share of step kinds that are mostly wrong; more lowers greedy SFT accuracy
+    hard_flaws: list[float] = shares(0.58, 0.7)  # tiny: range of their flaw probabilities
+    easy_flaws: list[float] = shares(0.05, 0.4)  # tiny: range of the others'; more lowers sampled SFT accuracy
+    usual_flaw: float = 0.85  # tiny: share of flaws that are their kind's usual one; high, so that greedy picks it
+    missing_step: float = 0.025  # tiny: share of flaws that are a missing step; at 0.25 the RM learns length alone
+
+
+# ---- helpers (same name, same code in every stage) ----
 
 
 def fail(message):
@@ -226,7 +236,7 @@ STEPS = [
          "[min(x, {k}) for x in xs]",
          {"wrong aggregate": "[max(x, {k}) for x in xs]", "dropped instead": "[x for x in xs if x <= {k}]"}),
     Step("first", "list", "list", "take the first {k} numbers | keep the first {k} | cut the list after {k} numbers",
-         "xs[:{k}]", {"off by one": "xs[:{k+1}]", "wrong end": "xs[-{k}:]"}),
+         "xs[:{k}]", {"wrong end": "xs[-{k}:]", "off by one": "xs[:{k+1}]"}),
     Step("last", "list", "list", "take the last {k} numbers | keep the last {k} | keep {k} numbers at the end",
          "xs[-{k}:]", {"wrong end": "xs[:{k}]", "wrong side": "xs[{k}:]"}),
     Step("drop_head", "list", "list", "drop the first number | skip the first number | remove the head of the list",
@@ -307,7 +317,7 @@ STEPS = [
          {"wrong direction": "''.join(sorted(s, reverse=True))", "duplicates lost": "''.join(sorted(set(s)))"}),
     Step("first_letters", "text", "text",
          "take the first {k} characters | cut the text after {k} characters | keep {k} characters at the front",
-         "s[:{k}]", {"off by one": "s[:{k+1}]", "wrong end": "s[-{k}:]"}),
+         "s[:{k}]", {"wrong end": "s[-{k}:]", "off by one": "s[:{k+1}]"}),
     Step("every_second_letter", "text", "text",
          "take every second character from the first | keep characters at even positions | skip every other character",
          "s[::2]", {"off by one": "s[1::2]", "wrong step": "s[::3]"}),
@@ -352,7 +362,7 @@ STEPS = [
     Step("squared", "number", "number", "square the number | multiply it by itself | take its square",
          "n * n | n ** 2", {"wrong operator": "n * 2", "cubed": "n ** 3"}),
     Step("plus", "number", "number", "add {k} to the number | increase it by {k} | go {k} up",
-         "n + {k}", {"off by one": "n + {k+1}", "wrong direction": "n - {k}"}),
+         "n + {k}", {"wrong direction": "n - {k}", "off by one": "n + {k+1}"}),
     Step("minus", "number", "number", "subtract {k} from the number | decrease it by {k} | go {k} down",
          "n - {k}", {"wrong direction": "{k} - n", "wrong operator": "n + {k}"}),
     Step("half", "number", "number",
@@ -393,8 +403,9 @@ MIN_USABLE = 30    # of them, those on which every step of a problem is defined 
 MIN_OUTCOMES = 4   # different results over the pool, at least; fewer would reward a constant
 MAX_NUMBER = 999   # largest absolute value of a number in a computation
 MAX_LENGTH = 40    # longest list or text in a computation
-DRAWS_OF_A_LENGTH = 50  # rejected in a row before another length is drawn; long chains are rejected more often
-MAX_DRAWS = 2000   # rejected in a row before we conclude that there are no more
+MAX_REDRAWS = 20   # of flaws that cancel each other (two reversals) before the problem is given up
+SAME_LENGTH = 50   # problems rejected in a row before another length is drawn: long ones are rejected more often
+MAX_DRAWS = 2000   # problems rejected in a row before we conclude that there are no more
 
 
 def fill(template, k):
@@ -594,23 +605,24 @@ def tiny_problem(cfg, task_id, chain, prompt, pool, rates, rng):
     chosen, others, mutations = found
     takes, kinds = chain[0][0].takes, [step.kind for step, _ in chain]
     flaws = [None] * len(chain)
-    lines = write_solution(chain, mutations, flaws, rng if rates else None)
+    lines = write_solution(chain, mutations, flaws, None)
     if rates:
-        shown = False
-        while not shown:  # two flaws can cancel each other, then draw again
+        for _ in range(MAX_REDRAWS):
             flaws = draw_flaws(cfg, chain, mutations, rates, rng)
             lines = write_solution(chain, mutations, flaws, rng)
             functions = [compiled(expression, VARIABLE[step.takes]) for step, expression in lines]
             telling = [values for values in chosen + others if differs(functions, values, 0)]
-            shown = telling or not any(flaws)
+            if telling or not any(flaws):
+                break
+        else:
+            return None
         if telling and telling[0] in others:
             chosen.append(telling[0])
-    variable = VARIABLE[takes]
     record = {
-        "task_id": task_id, "prompt": prompt, "prefix": f"def solve({variable}):\n", "setup": "", "entry_point": "solve",
-        "tests": [f"assert solve({values[0]!r}) == {values[-1]!r}" for values in chosen],
-        "solution": program(takes, [(step.gives, expression) for step, expression in lines]),
-        "source": "tiny", "steps": kinds,
+        "task_id": task_id, "prompt": prompt, "prefix": f"def solve({VARIABLE[takes]}):\n", "setup": "",
+        "entry_point": "solve", "tests": [f"assert solve({values[0]!r}) == {values[-1]!r}" for values in chosen],
+        "solution": program(takes, [(step.gives, expression) for step, expression in lines]), "source": "tiny",
+        "steps": kinds,
     }
     if rates:
         record["flaw"] = [{"step": number, "kind": kind, "flaw": flaw}
@@ -622,21 +634,22 @@ def tiny_splits(cfg):
     """Generate {split: problems}.
 
     No prompt occurs twice. A chain with its constants is either in the training splits or in the held-out ones, however
-    it is worded. There are fewer than 200 chains of one step, the training splits take nearly all of them.
+    it is worded. So the held-out problems have two steps or more: there are only about 110 chains of one step, and the
+    training splits use them all.
     """
     pool, rates = input_pool(cfg.seed), flaw_rates(cfg)
     splits, prompts, trained = {}, set(), set()
     for split in ("sft", "rm", "ppo", "validation", "test"):
         rng = random.Random(f"{split} {cfg.seed}")
         records, size, held_out = [], getattr(cfg, split), split in ("validation", "test")
-        lengths, draws = range(1, len(cfg.length_weights) + 1), 0
+        lengths, draws = range(1, len(cfg.lengths) + 1), 0
         while len(records) < size:
-            if draws % DRAWS_OF_A_LENGTH == 0:
-                length = rng.choices(lengths, cfg.length_weights)[0]
+            if draws % SAME_LENGTH == 0:
+                length = rng.choices(lengths, cfg.lengths)[0]
             draws += 1
             if draws > MAX_DRAWS:
                 fail(f"only {len(records)} problems found for --{split} {size}; ask for fewer or for longer ones "
-                     "(--length_weights)")
+                     "(--lengths)")
             chain = draw_chain(length, rng)
             key = tuple((step.kind, k) for step, k in chain)
             words = [fill(rng.choice(step.words.split(" | ")), k) for step, k in chain]
@@ -692,7 +705,7 @@ def hub_records(dataset):
         splits = datasets.load_dataset(name, configuration)
     except Exception as error:  # no network, no such data set, no access: the library has a dozen types for it
         reason = str(error).strip().partition("\n")[0]
-        fail(f"cannot load {name} from the hub ({reason}); without a network pass a local copy of its records with --file")
+        fail(f"cannot load {name} from the hub ({reason}); without a network pass a local copy with --file")
     return [(f"{name}, split {split}, record {number}", record)
             for split in splits for number, record in enumerate(splits[split], 1)]
 
@@ -710,7 +723,7 @@ def file_records(path):
         except ValueError as error:
             fail(f"{path}: not a JSON list ({error}); download it again")
     records = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() also splits at U+2028, which JSON strings may hold
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 inside a string
         if line.strip():
             try:
                 records.append((f"{path}, line {number}", json.loads(line)))
@@ -732,7 +745,8 @@ def humaneval_problem(record):
     seed = "import random\nrandom.seed(0)\n" if "random" in record["test"] else ""  # the same label every time
     return {"task_id": record["task_id"], "prompt": record["prompt"], "prefix": record["prompt"],
             "setup": seed + record["test"], "entry_point": record["entry_point"],
-            "tests": [f"check({record['entry_point']})"], "solution": record["canonical_solution"], "source": "humaneval"}
+            "tests": [f"check({record['entry_point']})"], "solution": record["canonical_solution"],
+            "source": "humaneval"}
 
 
 def called_name(code, tests):
@@ -833,8 +847,8 @@ def check_config(cfg):
     for split in ("sft", "rm", "ppo", "validation", "test"):
         if getattr(cfg, split) < 1:
             fail(f"--{split} is {getattr(cfg, split)}: a split needs at least one problem")
-    if min(cfg.length_weights) < 0 or max(cfg.length_weights) <= 0:
-        fail("--length_weights needs a weight of 0 or more for each number of steps, and one above 0")
+    if min(cfg.lengths) < 0 or max(cfg.lengths) <= 0:
+        fail("--lengths needs a weight of 0 or more for each number of steps, and one above 0")
     for name in ("easy_flaws", "hard_flaws"):
         if len(getattr(cfg, name)) != 2:
             fail(f"--{name} needs two probabilities, the lowest and the highest")
@@ -859,10 +873,13 @@ def main(cfg):
         write_jsonl(temporary / f"{split}.jsonl", records)
     save_config(cfg, temporary)
     os.rename(temporary, out)
-    for split, records in splits.items():
-        print(f"{out}/{split}.jsonl: {len(records)} problems")
-    flawed = [record for record in splits.get("sft", []) if record.get("flaw")]
-    print(f"{len(flawed)} flawed; {time.perf_counter() - started:.1f} s")
+    sizes = ", ".join(f"{split} {len(records)}" for split, records in splits.items())
+    print(f"{out}: {sizes} problems in {time.perf_counter() - started:.1f} s")
+    if cfg.dataset == "tiny":
+        flawed = sum(record["flaw"] is not None for record in splits["sft"])
+        hard = [kind for kind, rate in flaw_rates(cfg).items() if rate > 0.5]
+        print(f"{flawed} of {len(splits['sft'])} SFT solutions are flawed; of {len(STEPS)} kinds of step these are wrong "
+              f"more often than right: {', '.join(hard)}")
 
 
 if __name__ == "__main__":
