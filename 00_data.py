@@ -634,8 +634,8 @@ def tiny_splits(cfg):
     """Generate {split: problems}.
 
     No prompt occurs twice. A chain with its constants is either in the training splits or in the held-out ones, however
-    it is worded. So the held-out problems have two steps or more: there are only about 110 chains of one step, and the
-    training splits use them all.
+    it is worded. At the default sizes the held-out problems therefore have two steps or more: there are only about 110
+    chains of one step, and the training splits use them all.
     """
     pool, rates = input_pool(cfg.seed), flaw_rates(cfg)
     splits, prompts, trained = {}, set(), set()
