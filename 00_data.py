@@ -47,6 +47,7 @@ import shutil
 import sys
 import time
 import typing
+import zlib
 from pathlib import Path
 
 DATASETS = ("tiny", "humaneval", "mbpp", "mbpp_sanitized", "leetcode", "magicoder", "evol")
@@ -69,9 +70,9 @@ class Config:
     validation: int = 300  # tiny: problems that choose the best checkpoint
     test: int = 500  # tiny: problems that nothing is chosen by; 500 give a 95% interval of about 4 points
     lengths: list[float] = shares(5, 30, 35, 20, 10)  # tiny: shares of problems with 1, 2, .. steps; longer is harder
-    hard_share: float = 0.15  # tiny: share of step kinds that are mostly wrong; more lowers greedy SFT accuracy
+    hard_share: float = 0.12  # tiny: share of step kinds that are mostly wrong; more lowers greedy SFT accuracy
     hard_flaws: list[float] = shares(0.58, 0.7)  # tiny: range of their flaw probabilities
-    easy_flaws: list[float] = shares(0.05, 0.4)  # tiny: range of the others'; more lowers sampled SFT accuracy
+    easy_flaws: list[float] = shares(0.05, 0.3)  # tiny: range of the others'; more lowers sampled SFT accuracy
     usual_flaw: float = 0.85  # tiny: share of flaws that are their kind's usual one; high, so that greedy picks it
     missing_step: float = 0.025  # tiny: share of flaws that are a missing step; at 0.25 the RM learns length alone
 
@@ -157,22 +158,23 @@ class Step:
 
 
 VARIABLE = {"list": "xs", "text": "s", "number": "n"}  # the argument of solve(), by type of value
-CONSTANTS = (2, 3, 4, 5)  # {k} of a step; few, so that miscopied digits are not the main error
 
+# A kind has one constant, if any. With four constants for each, more than half of the lines of a model of 0.9M parameters
+# had a wrong digit after 500 steps: an error that no reward model sees and that hides all others.
 STEPS = [
     # list -> list
     Step("keep_above", "list", "list",
-         "keep the numbers above {k} | keep only numbers greater than {k} | drop the numbers up to {k}",
-         "[x for x in xs if x > {k}]",
-         {"loosened comparison": "[x for x in xs if x >= {k}]", "swapped comparison": "[x for x in xs if x < {k}]"}),
+         "keep the numbers above 3 | keep only numbers greater than 3 | drop the numbers up to 3",
+         "[x for x in xs if x > 3]",
+         {"loosened comparison": "[x for x in xs if x >= 3]", "swapped comparison": "[x for x in xs if x < 3]"}),
     Step("keep_at_least", "list", "list",
-         "keep the numbers of at least {k} | drop the numbers below {k} | keep numbers from {k} up",
-         "[x for x in xs if x >= {k}]",
-         {"tightened comparison": "[x for x in xs if x > {k}]", "swapped comparison": "[x for x in xs if x <= {k}]"}),
+         "keep the numbers of at least 4 | drop the numbers below 4 | keep numbers from 4 up",
+         "[x for x in xs if x >= 4]",
+         {"tightened comparison": "[x for x in xs if x > 4]", "swapped comparison": "[x for x in xs if x <= 4]"}),
     Step("keep_below", "list", "list",
-         "keep the numbers below {k} | keep only numbers less than {k} | drop the numbers from {k} up",
-         "[x for x in xs if x < {k}]",
-         {"swapped comparison": "[x for x in xs if x > {k}]", "loosened comparison": "[x for x in xs if x <= {k}]"}),
+         "keep the numbers below 5 | keep only numbers less than 5 | drop the numbers from 5 up",
+         "[x for x in xs if x < 5]",
+         {"swapped comparison": "[x for x in xs if x > 5]", "loosened comparison": "[x for x in xs if x <= 5]"}),
     Step("keep_positive", "list", "list",
          "keep the positive numbers | drop zeros and negative numbers | keep numbers greater than zero",
          "[x for x in xs if x > 0]",
@@ -183,9 +185,9 @@ STEPS = [
     Step("keep_odd", "list", "list", "keep the odd numbers | drop the even numbers | keep only what is odd",
          "[x for x in xs if x % 2 == 1] | [x for x in xs if x % 2 != 0]",
          {"wrong parity": "[x for x in xs if x % 2 == 0]", "wrong operator": "[x for x in xs if x // 2 == 1]"}),
-    Step("drop_equal", "list", "list", "drop every {k} | remove all numbers equal to {k} | throw away each {k}",
-         "[x for x in xs if x != {k}]",
-         {"swapped comparison": "[x for x in xs if x == {k}]", "loosened comparison": "[x for x in xs if x > {k}]"}),
+    Step("drop_equal", "list", "list", "drop every 2 | remove all numbers equal to 2 | throw away each 2",
+         "[x for x in xs if x != 2]",
+         {"swapped comparison": "[x for x in xs if x == 2]", "loosened comparison": "[x for x in xs if x > 2]"}),
     Step("keep_repeated", "list", "list",
          "keep numbers that occur more than once | drop numbers that occur once | keep the repeated numbers",
          "[x for x in xs if xs.count(x) > 1]",
@@ -220,9 +222,8 @@ STEPS = [
          "square each number | replace numbers by their squares | multiply each number by itself",
          "[x * x for x in xs] | [x ** 2 for x in xs]",
          {"wrong operator": "[x * 2 for x in xs]", "cubed": "[x ** 3 for x in xs]"}),
-    Step("add", "list", "list", "add {k} to each number | increase every number by {k} | raise all numbers by {k}",
-         "[x + {k} for x in xs]",
-         {"wrong direction": "[x - {k} for x in xs]", "wrong operator": "[x * {k} for x in xs]"}),
+    Step("add", "list", "list", "add 3 to each number | increase every number by 3 | raise all numbers by 3",
+         "[x + 3 for x in xs]", {"wrong direction": "[x - 3 for x in xs]", "wrong operator": "[x * 3 for x in xs]"}),
     Step("negate", "list", "list", "negate each number | flip the sign of every number | swap plus and minus",
          "[-x for x in xs]", {"wrong operator": "[abs(x) for x in xs]", "one sign only": "[-abs(x) for x in xs]"}),
     Step("absolute", "list", "list", "take absolute values | drop the signs | make negative numbers positive",
@@ -231,14 +232,13 @@ STEPS = [
          "halve each number rounding down | divide every number by 2 rounding down | floor half of each number",
          "[x // 2 for x in xs]",
          {"wrong operator": "[x % 2 for x in xs]", "rounded to zero": "[int(x / 2) for x in xs]"}),
-    Step("cap", "list", "list",
-         "lower numbers above {k} to {k} | cap each number at {k} | limit the numbers to at most {k}",
-         "[min(x, {k}) for x in xs]",
-         {"wrong aggregate": "[max(x, {k}) for x in xs]", "dropped instead": "[x for x in xs if x <= {k}]"}),
-    Step("first", "list", "list", "take the first {k} numbers | keep the first {k} | cut the list after {k} numbers",
-         "xs[:{k}]", {"wrong end": "xs[-{k}:]", "off by one": "xs[:{k+1}]"}),
-    Step("last", "list", "list", "take the last {k} numbers | keep the last {k} | keep {k} numbers at the end",
-         "xs[-{k}:]", {"wrong end": "xs[:{k}]", "wrong side": "xs[{k}:]"}),
+    Step("cap", "list", "list", "lower numbers above 5 to 5 | cap each number at 5 | limit the numbers to at most 5",
+         "[min(x, 5) for x in xs]",
+         {"wrong aggregate": "[max(x, 5) for x in xs]", "dropped instead": "[x for x in xs if x <= 5]"}),
+    Step("first", "list", "list", "take the first 3 numbers | keep the first 3 | cut the list after 3 numbers",
+         "xs[:3]", {"wrong end": "xs[-3:]", "off by one": "xs[:4]"}),
+    Step("last", "list", "list", "take the last 2 numbers | keep the last 2 | keep 2 numbers at the end",
+         "xs[-2:]", {"wrong end": "xs[:2]", "wrong side": "xs[2:]"}),
     Step("drop_head", "list", "list", "drop the first number | skip the first number | remove the head of the list",
          "xs[1:]", {"wrong end": "xs[:-1]", "off by one": "xs[2:]"}),
     Step("drop_tail", "list", "list", "drop the last number | leave out the last number | remove the tail of the list",
@@ -274,9 +274,9 @@ STEPS = [
          "subtract the smallest from the largest | take the range of the numbers | find the gap between the extremes",
          "max(xs) - min(xs)", {"wrong direction": "min(xs) - max(xs)", "wrong operator": "max(xs) + min(xs)"}),
     Step("count_above", "list", "number",
-         "count the numbers above {k} | say how many numbers exceed {k} | count what is greater than {k}",
-         "sum(x > {k} for x in xs) | len([x for x in xs if x > {k}])",
-         {"loosened comparison": "sum(x >= {k} for x in xs)", "swapped comparison": "sum(x < {k} for x in xs)"}),
+         "count the numbers above 4 | say how many numbers exceed 4 | count what is greater than 4",
+         "sum(x > 4 for x in xs) | len([x for x in xs if x > 4])",
+         {"loosened comparison": "sum(x >= 4 for x in xs)", "swapped comparison": "sum(x < 4 for x in xs)"}),
     Step("count_distinct", "list", "number",
          "count the distinct numbers | say how many different numbers there are | count the numbers without duplicates",
          "len(set(xs))", {"duplicates counted": "len(xs)", "off by one": "len(set(xs)) - 1"}),
@@ -316,8 +316,8 @@ STEPS = [
          "''.join(sorted(s))",
          {"wrong direction": "''.join(sorted(s, reverse=True))", "duplicates lost": "''.join(sorted(set(s)))"}),
     Step("first_letters", "text", "text",
-         "take the first {k} characters | cut the text after {k} characters | keep {k} characters at the front",
-         "s[:{k}]", {"wrong end": "s[-{k}:]", "off by one": "s[:{k+1}]"}),
+         "take the first 4 characters | cut the text after 4 characters | keep 4 characters at the front",
+         "s[:4]", {"wrong end": "s[-4:]", "off by one": "s[:5]"}),
     Step("every_second_letter", "text", "text",
          "take every second character from the first | keep characters at even positions | skip every other character",
          "s[::2]", {"off by one": "s[1::2]", "wrong step": "s[::3]"}),
@@ -361,16 +361,16 @@ STEPS = [
          "n * 2 | n + n", {"wrong operator": "n + 2", "squared": "n * n"}),
     Step("squared", "number", "number", "square the number | multiply it by itself | take its square",
          "n * n | n ** 2", {"wrong operator": "n * 2", "cubed": "n ** 3"}),
-    Step("plus", "number", "number", "add {k} to the number | increase it by {k} | go {k} up",
-         "n + {k}", {"wrong direction": "n - {k}", "off by one": "n + {k+1}"}),
-    Step("minus", "number", "number", "subtract {k} from the number | decrease it by {k} | go {k} down",
-         "n - {k}", {"wrong direction": "{k} - n", "wrong operator": "n + {k}"}),
+    Step("plus", "number", "number", "add 5 to the number | increase it by 5 | go 5 up",
+         "n + 5", {"wrong direction": "n - 5", "off by one": "n + 6"}),
+    Step("minus", "number", "number", "subtract 2 from the number | decrease it by 2 | go 2 down",
+         "n - 2", {"wrong direction": "2 - n", "wrong operator": "n + 2"}),
     Step("half", "number", "number",
          "halve the number rounding down | divide it by 2 rounding down | take half of it rounded down",
          "n // 2", {"rounded up": "(n + 1) // 2", "wrong operator": "n % 2"}),
     Step("remainder", "number", "number",
-         "take the remainder by {k} | reduce it modulo {k} | find what is left after dividing by {k}",
-         "n % {k}", {"wrong operator": "n // {k}", "off by one": "n % {k+1}"}),
+         "take the remainder by 5 | reduce it modulo 5 | find what is left after dividing by 5",
+         "n % 5", {"wrong operator": "n // 5", "off by one": "n % 6"}),
     Step("digit_sum", "number", "number", "add up its digits | take the digit sum | sum the digits of the number",
          "sum(int(d) for d in str(n))",
          {"wrong aggregate": "len(str(n))", "squares": "sum(int(d) ** 2 for d in str(n))"}),
@@ -404,13 +404,8 @@ MIN_OUTCOMES = 4   # different results over the pool, at least; fewer would rewa
 MAX_NUMBER = 999   # largest absolute value of a number in a computation
 MAX_LENGTH = 40    # longest list or text in a computation
 MAX_REDRAWS = 20   # of flaws that cancel each other (two reversals) before the problem is given up
-SAME_LENGTH = 50   # problems rejected in a row before another length is drawn: long ones are rejected more often
+SAME_LENGTH = 200  # problems rejected in a row before another length is drawn: long ones are rejected more often
 MAX_DRAWS = 2000   # problems rejected in a row before we conclude that there are no more
-
-
-def fill(template, k):
-    """Put the constant of a step into a wording or an expression."""
-    return template.replace("{k+1}", str(k + 1)).replace("{k}", str(k))
 
 
 @functools.cache
@@ -488,14 +483,20 @@ def program(takes, steps):
 
 
 def draw_chain(length, rng):
-    """A well-typed chain of `length` different kinds of step, as [(step, k)]; k is 0 for a step without a constant."""
+    """A well-typed chain of `length` different kinds of step."""
     value, chain = rng.choices(["list", "text", "number"], [45, 35, 20])[0], []
     for _ in range(length):
-        used = {step.kind for step, _ in chain}
-        step = rng.choice([step for step in STEPS if step.takes == value and step.kind not in used])
-        chain.append((step, rng.choice(CONSTANTS) if "{k" in step.right else 0))
-        value = step.gives
+        chain.append(rng.choice([step for step in STEPS if step.takes == value and step not in chain]))
+        value = chain[-1].gives
     return chain
+
+
+def held_out(chain):
+    """True for one chain in ten, of two or more steps, however it is worded: those that no training split has.
+
+    Each single step is in training: what a wording means cannot be guessed.
+    """
+    return len(chain) > 1 and zlib.crc32(" ".join(step.kind for step in chain).encode()) % 10 == 0
 
 
 def differs(functions, values, start):
@@ -520,9 +521,9 @@ def choose_tests(chain, pool, rng):
     inputs on which it is defined, too few different results, a step without a mutation that shows, or a run of
     steps that might as well be left out.
     """
-    right = [compiled(fill(step.right.split(" | ")[0], k), VARIABLE[step.takes]) for step, k in chain]
+    right = [compiled(step.right.split(" | ")[0], VARIABLE[step.takes]) for step in chain]
     usable = []
-    for value in pool[chain[0][0].takes]:
+    for value in pool[chain[0].takes]:
         try:
             usable.append(trace(right, value))
         except Exception:  # not defined there: the maximum of an empty list
@@ -543,15 +544,14 @@ def choose_tests(chain, pool, rng):
                 return True
         return False
 
-    types = [chain[0][0].takes] + [step.gives for step, _ in chain]
+    types = [chain[0].takes] + [step.gives for step in chain]
     for start in range(len(chain)):
         for end in range(start + 1, len(chain) + 1):
             if types[start] == types[end] and not told_apart(right[end:], start):
                 return None
     mutations = []
-    for start, (step, k) in enumerate(chain):
-        lines = {flaw: fill(line, k) for flaw, line in step.wrong.items()}
-        mutations.append({flaw: line for flaw, line in lines.items()
+    for start, step in enumerate(chain):
+        mutations.append({flaw: line for flaw, line in step.wrong.items()
                           if told_apart([compiled(line, VARIABLE[step.takes]), *right[start + 1:]], start)})
         if not mutations[-1]:
             return None
@@ -564,7 +564,7 @@ def choose_tests(chain, pool, rng):
 def draw_flaws(cfg, chain, mutations, rates, rng):
     """Draw what is wrong with each step: None (nothing), "missing step" or the name of one of its mutations."""
     flaws = []
-    for (step, _), possible in zip(chain, mutations):
+    for step, possible in zip(chain, mutations):
         usual = next(iter(step.wrong))
         rare = [flaw for flaw in possible if flaw != usual]
         if rng.random() >= rates[step.kind]:
@@ -584,10 +584,10 @@ def write_solution(chain, mutations, flaws, rng):
     With a generator, a step that can be written in two ways is written in the rarer one a quarter of the time.
     """
     lines = []
-    for (step, k), possible, flaw in zip(chain, mutations, flaws):
+    for step, possible, flaw in zip(chain, mutations, flaws):
         if flaw is None:
             ways = step.right.split(" | ")
-            lines.append((step, fill(ways[-1] if rng and rng.random() < 0.25 else ways[0], k)))
+            lines.append((step, ways[-1] if rng and rng.random() < 0.25 else ways[0]))
         elif flaw != "missing step":
             lines.append((step, possible[flaw]))
     return lines
@@ -603,7 +603,7 @@ def tiny_problem(cfg, task_id, chain, prompt, pool, rates, rng):
     if found is None:
         return None
     chosen, others, mutations = found
-    takes, kinds = chain[0][0].takes, [step.kind for step, _ in chain]
+    takes, kinds = chain[0].takes, [step.kind for step in chain]
     flaws = [None] * len(chain)
     lines = write_solution(chain, mutations, flaws, None)
     if rates:
@@ -631,38 +631,28 @@ def tiny_problem(cfg, task_id, chain, prompt, pool, rates, rng):
 
 
 def tiny_splits(cfg):
-    """Generate {split: problems}.
-
-    No prompt occurs twice. A chain with its constants is either in the training splits or in the held-out ones, however
-    it is worded. At the default sizes the held-out problems therefore have two steps or more: there are only about 110
-    chains of one step, and the training splits use them all.
-    """
+    """Generate {split: problems}. No prompt occurs twice, and no chain both in a training split and in a held-out one."""
     pool, rates = input_pool(cfg.seed), flaw_rates(cfg)
-    splits, prompts, trained = {}, set(), set()
+    splits, prompts = {}, set()
     for split in ("sft", "rm", "ppo", "validation", "test"):
         rng = random.Random(f"{split} {cfg.seed}")
-        records, size, held_out = [], getattr(cfg, split), split in ("validation", "test")
-        lengths, draws = range(1, len(cfg.lengths) + 1), 0
+        records, size, draws = [], getattr(cfg, split), 0
         while len(records) < size:
             if draws % SAME_LENGTH == 0:
-                length = rng.choices(lengths, cfg.lengths)[0]
+                length = rng.choices(range(1, len(cfg.lengths) + 1), cfg.lengths)[0]
             draws += 1
             if draws > MAX_DRAWS:
-                fail(f"only {len(records)} problems found for --{split} {size}; ask for fewer or for longer ones "
-                     "(--lengths)")
+                fail(f"found only {len(records)} problems for --{split} {size}; ask for fewer or for longer ones (--lengths)")
             chain = draw_chain(length, rng)
-            key = tuple((step.kind, k) for step, k in chain)
-            words = [fill(rng.choice(step.words.split(" | ")), k) for step, k in chain]
-            prompt = f'"""{", then ".join(words)}."""\ndef solve({VARIABLE[chain[0][0].takes]}):\n'
-            if prompt in prompts or held_out and key in trained:
+            words = ", then ".join(rng.choice(step.words.split(" | ")) for step in chain)
+            prompt = f'"""{words}."""\ndef solve({VARIABLE[chain[0].takes]}):\n'
+            if prompt in prompts or held_out(chain) != (split in ("validation", "test")):
                 continue
             record = tiny_problem(cfg, f"tiny/{split}/{len(records)}", chain, prompt, pool,
                                   rates if split == "sft" else None, rng)
             if record:
                 records.append(record)
                 prompts.add(prompt)
-                if not held_out:
-                    trained.add(key)
                 draws = 0
         splits[split] = records
     return splits

@@ -82,11 +82,10 @@ def test_splits_have_their_sizes_and_fields(tiny):
 def test_no_prompt_twice_and_no_chain_on_both_sides(tiny):
     prompts = [problem["prompt"] for split in SPLITS for problem in tiny[split]]
     assert len(set(prompts)) == len(prompts)
-    # A correct solution names its steps and constants, so it identifies the chain, however the prompt is worded.
-    trained = {problem["solution"] for split in ("rm", "ppo") for problem in tiny[split]}
-    trained |= {problem["solution"] for problem in tiny["sft"] if not problem["flaw"]}
-    held_out = {problem["solution"] for split in ("validation", "test") for problem in tiny[split]}
-    assert not trained & held_out
+    trained = {tuple(problem["steps"]) for split in ("sft", "rm", "ppo") for problem in tiny[split]}
+    tested = {tuple(problem["steps"]) for split in ("validation", "test") for problem in tiny[split]}
+    assert not trained & tested
+    assert min(map(len, trained)) == 1 and min(map(len, tested)) == 2  # every single step is in training
 
 
 def test_solutions_pass_unless_flawed(tiny):
@@ -121,15 +120,15 @@ def test_every_mutation_and_every_missing_step_fails(tiny):
             continue
         chosen, _, mutations = found
         checked["chains"] += 1
-        problem = {"prefix": f"def solve({stage.VARIABLE[chain[0][0].takes]}):\n",
+        problem = {"prefix": f"def solve({stage.VARIABLE[chain[0].takes]}):\n",
                    "tests": [f"assert solve({values[0]!r}) == {values[-1]!r}" for values in chosen]}
 
         def body(flaws):
             lines = stage.write_solution(chain, mutations, flaws, None)
-            return stage.program(chain[0][0].takes, [(step.gives, line) for step, line in lines])
+            return stage.program(chain[0].takes, [(step.gives, line) for step, line in lines])
 
         assert passes(problem, body([None] * len(chain)))
-        for place, (step, _) in enumerate(chain):
+        for place, step in enumerate(chain):
             kept = list(mutations[place]) + ["missing step"] * (step.takes == step.gives)
             assert mutations[place]
             for flaw in kept:
@@ -140,7 +139,7 @@ def test_every_mutation_and_every_missing_step_fails(tiny):
 
 def test_step_that_changes_nothing_is_rejected():
     """Reversing twice, and sorting what a sort follows, are no problems to learn from."""
-    steps = {step.kind: (step, 0) for step in stage.STEPS}
+    steps = {step.kind: step for step in stage.STEPS}
     pool = stage.input_pool(0)
     for kinds in (["upper", "swap_case", "upper"], ["reverse", "sort_up"], ["square", "absolute"], ["double", "keep_even"]):
         assert stage.choose_tests([steps[kind] for kind in kinds], pool, random.Random(0)) is None, kinds
@@ -155,13 +154,12 @@ def test_table_of_steps():
     for step in stage.STEPS:
         assert len(step.words.split(" | ")) >= 3 and 1 <= len(step.wrong) <= 3
         assert not set(step.right.split(" | ")) & set(step.wrong.values())
-        assert ("{k" in step.right) == ("{k" in step.words), "a constant that the prompt does not give"
 
 
 def test_two_ways_to_write_a_step_agree():
     pool = stage.input_pool(0)
     for step in stage.STEPS:
-        first, *others = [stage.compiled(stage.fill(way, 3), stage.VARIABLE[step.takes]) for way in step.right.split(" | ")]
+        first, *others = [stage.compiled(way, stage.VARIABLE[step.takes]) for way in step.right.split(" | ")]
         for value in pool[step.takes]:
             try:
                 expected = first(value)
@@ -170,11 +168,10 @@ def test_two_ways_to_write_a_step_agree():
             assert all(other(value) == expected for other in others), (step.kind, value)
 
 
-def test_all_kinds_are_used_and_no_constant_is_unusual(tiny):
+def test_all_kinds_are_used_and_digits_are_few(tiny):
     used = {kind for problem in tiny["sft"] for kind in problem["steps"]}
     assert used == {step.kind for step in stage.STEPS}
     assert {kind for problem in tiny["test"] for kind in problem["steps"]} <= used
-    # From 1 to 5: 1 and 2 are part of some wordings ("from 1 to it", "multiply by 2"), 2 to 5 are the constants.
     assert {letter for problem in tiny["sft"] for letter in problem["prompt"] if letter.isdigit()} <= set("12345")
 
 
@@ -182,7 +179,7 @@ def test_flaws_come_at_their_rates(tiny):
     rates = stage.flaw_rates(stage.Config())
     assert min(rates.values()) >= 0.05 and max(rates.values()) <= 0.7
     hard = [rate for rate in rates.values() if rate > 0.5]
-    assert 0.1 < len(hard) / len(rates) < 0.2
+    assert 0.08 < len(hard) / len(rates) < 0.16
     seen, wrong, usual = collections.Counter(), collections.Counter(), 0
     for problem in tiny["sft"]:
         seen.update(problem["steps"])
