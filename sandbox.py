@@ -101,15 +101,19 @@ def unpack(data, handle):
     return SHAPES[tag][1](unpack(parts, handle))
 
 
+encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+
+
+def frame(data):
+    data = encode(data).encode()
+    if len(data) > MAX_FRAME: raise OverflowError(f"a message of {len(data)} bytes is too large")
+    return struct.pack("<I", len(data)) + data
+
+
 def to_bytes(build):
-    """JSON bytes of build(careful): the quick form first, the careful one for huge ints and lone surrogates."""
-    for careful in (False, True):
-        try:
-            data = json.dumps(build(careful), ensure_ascii=False, separators=(",", ":")).encode()
-            if len(data) > MAX_FRAME: raise OverflowError(f"a message of {len(data)} bytes is too large")
-            return struct.pack("<I", len(data)) + data
-        except ValueError:            # UnicodeEncodeError is one
-            if careful: raise
+    """The frame of build(careful): the quick form first, the careful one for huge ints and lone surrogates."""
+    try: return frame(build(False))
+    except ValueError: return frame(build(True))      # UnicodeEncodeError is one
 
 
 class Link:
@@ -247,7 +251,7 @@ def in_process(sock, job, send):
 
 MODES = ("user namespace", "namespaces as root", "no namespaces")      # tried in this order when Z starts
 CLONE_FLAGS = 0x10000000 | 0x20000000 | 0x40000000 | 0x00020000 | 0x08000000 | 0x04000000   # user, pid, net, mount, ipc, uts
-NOBODY = 65534
+NOBODY, SCRATCH = 65534, "/scratch/tmp"           # Landlock allows what is below /scratch, so a fresh mount needs no new rule
 DENIED = {               # syscall: its number on x86_64 and on aarch64
     "socket": (41, 198), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97), "setns": (308, 268),
@@ -271,8 +275,8 @@ def libc(name, *args):
     return answer
 
 
-def seccomp_filter(pid_namespace):
-    """A BPF program that refuses DENIED, new namespaces and limits for others; clone3 is answered `not there`, or threads break."""
+def seccomp_filter(denied):
+    """A BPF program that refuses these syscalls, new namespaces and limits for others; clone3 is answered `not there`, or threads break."""
     machine = os.uname().machine
     if machine not in ("x86_64", "aarch64"): raise OSError("no seccomp filter for this machine")
     arm = machine == "aarch64"
@@ -281,9 +285,7 @@ def seccomp_filter(pid_namespace):
     allow, eperm, enosys, kill = op(ret, 0x7FFF0000), op(ret, 0x50001), op(ret, 0x50026), op(ret, 0x80000000)
     code = [op(load, 4), op(equal, 0xC00000B7 if arm else 0xC000003E, 1, 0), kill, op(load, 0)]
     if not arm: code += [op(0x35, 0x40000000, 0, 1), eperm]                                  # the x32 interface
-    numbers = [pair[arm] for pair in DENIED.values()]
-    if not pid_namespace: numbers += [154, 157] if arm else [109, 112]                       # setpgid, setsid: the group is how it is killed
-    for number in numbers: code += [op(equal, number, 0, 1), eperm]
+    for number in [pair[arm] for pair in denied]: code += [op(equal, number, 0, 1), eperm]
     code += [op(equal, 435, 0, 1), enosys]                                                   # clone3 hides its flags from a filter
     code += [op(equal, 220 if arm else 56, 0, 3), op(load, 16), op(mask, 0x7E020080, 0, 1), eperm, op(load, 0)]
     code += [op(equal, 261 if arm else 302, 0, 3), op(load, 16), op(equal, 0, 1, 0), eperm]   # prlimit64 of another process
@@ -356,15 +358,14 @@ def enter_namespaces(mode, readable):
         if path[:5] != "/dev/":
             import ctypes
             libc(442, -100, inside.encode(), 0x8000, ctypes.create_string_buffer(struct.pack("<QQQQ", 7, 0, 0, 0), 32), 32)   # read-only below
-    os.makedirs(root.decode() + "/tmp", exist_ok=True)
-    os.symlink("/tmp", root.decode() + "/dev/shm")     # semaphores of multiprocessing
+    os.makedirs(root.decode() + SCRATCH)
+    for name in ("/tmp", "/dev/shm"):                  # /dev/shm holds the semaphores of multiprocessing
+        if not os.path.lexists(root.decode() + name): os.symlink(SCRATCH, root.decode() + name)
     os.chdir(root)
     libc("mount", b"none", b".", None, 32 | 1 | 6, None)                                     # the new root itself is read-only
     libc(DENIED["pivot_root"][os.uname().machine == "aarch64"], b".", b".")
     libc("umount2", b".", 2)
     os.chdir("/")
-    if os.fork(): os._exit(os.wait()[1] >> 8)          # the first child is process 1 of the namespace; we only wait for it
-    libc("prctl", 1, signal.SIGKILL, 0, 0, 0)          # Z dies with us, and with Z all of its namespace
 
 
 def works(step):
@@ -376,36 +377,71 @@ def works(step):
     return os.waitpid(child, 0)[1] == 0
 
 
+def become_nobody():
+    os.setgroups([]), os.setresgid(NOBODY, NOBODY, NOBODY), os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
 class Box:
-    """The walls around each U: Z builds them once, every child goes in by a few system calls."""
-    def __init__(self, mode, site):
-        import ctypes, tempfile
-        self.mode, readable = mode, library(site)
-        if mode != MODES[2]: enter_namespaces(mode, readable)
-        self.readable = readable + ["/dev/zero", "/dev/random", "/dev/urandom"]
-        self.scratch = "/tmp" if mode != MODES[2] else tempfile.mkdtemp(prefix="sandbox-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
-        self.new_scratch()
-        self.nobody = os.getuid() == 0 and works(lambda: (self.become_nobody(), open(os.__file__).close()))
-        self.filter = next((f for f in [self.try_filter()] if f), None)
-        self.layers = {"mode": mode, "landlock": self.abi, "seccomp": self.filter is not None, "other uid": self.nobody or os.getuid() != 0}
+    """The walls around every U.  Z takes them on itself once; a fork inherits them at no cost."""
+    def __init__(self, mode, site, control):
+        self.spaces, readable = mode != MODES[2], library(site)
+        if self.spaces:
+            enter_namespaces(mode, readable)
+            self.scratch = SCRATCH
+        else:
+            import tempfile
+            self.scratch = tempfile.mkdtemp(prefix="sandbox-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+        self.guard, ours = socket.socketpair()
+        if os.fork():                                  # the first child is process 1 of the namespace
+            self.guard.close(), control.close()
+            self.keep_scratch(ours)
+        ours.close()
+        if self.spaces: self.mount()
+        else: libc("prctl", 36, 1, 0, 0, 0)            # orphans become our children, so that we see their end
+        nobody = os.getuid() == 0 and works(lambda: (become_nobody(), open(os.__file__).close(), os.chdir("/")))
+        if nobody:
+            if not self.spaces: os.chown(self.scratch, NOBODY, NOBODY)
+            become_nobody()
+        elif os.getuid(): libc("capset", struct.pack("<Ii", 0x20080522, 0), bytes(24))      # a user namespace gives all of them
+        libc("prctl", 1, signal.SIGKILL, 0, 0, 0)      # Z dies with its parent, and with Z all of its namespace
+        limit(resource.RLIMIT_CORE, 0), limit(resource.RLIMIT_FSIZE, 64 << 20), limit(resource.RLIMIT_NOFILE, 256)
+        if os.getuid(): limit(resource.RLIMIT_NPROC, 64 if self.spaces else 64 + own_tasks())
+        os.chdir(self.scratch)
+        libc("prctl", 38, 1, 0, 0, 0)
+        self.inner, self.ruleset = b"", None
+        try:
+            self.ruleset, abi = landlock(readable + ["/dev/zero", "/dev/random", "/dev/urandom"], [os.path.dirname(SCRATCH) if self.spaces else self.scratch, "/dev/null"])
+            libc(446, self.ruleset, 0)
+        except OSError: abi = 0
+        try:
+            code = seccomp_filter(DENIED.values())
+            seccomp = works(lambda: lock_down(code))
+            if seccomp: lock_down(code)
+            if seccomp and not self.spaces: self.inner = seccomp_filter([(109, 154), (112, 157)])   # setpgid, setsid: the group is how it is killed
+        except OSError: seccomp = False
+        self.layers = {"mode": mode, "landlock": abi, "seccomp": seccomp, "unprivileged": os.getuid() != 0}
 
-    def try_filter(self):
-        try: code = seccomp_filter(self.mode != MODES[2])
-        except OSError: return None
-        return code if works(lambda: lock_down(code)) else None
+    def keep_scratch(self, requests):
+        """The life of Z's parent: it alone may mount.  It ends with Z."""
+        while requests.recv(1):
+            libc("umount2", SCRATCH.encode(), 2)
+            self.mount()
+            requests.sendall(b"!")
+        status = os.wait()[1]
+        if not self.spaces:
+            import shutil
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        os._exit(status != 0)
 
-    def new_scratch(self):
-        if self.mode != MODES[2]: libc("mount", b"tmpfs", b"/tmp", b"tmpfs", 6, b"mode=1777,size=64m,nr_inodes=4096")
-        try: self.ruleset, self.abi = landlock(self.readable, [self.scratch, "/dev/null"])
-        except OSError: self.ruleset, self.abi = None, 0
+    def mount(self): libc("mount", b"tmpfs", SCRATCH.encode(), b"tmpfs", 6, b"mode=1777,size=64m,nr_inodes=4096")
 
     def clean(self):
         """Nothing that one program wrote is there for the next."""
         if not os.listdir(self.scratch): return
-        if self.mode != MODES[2]:
-            libc("umount2", b"/tmp", 2)
-            if self.ruleset is not None: os.close(self.ruleset)
-            return self.new_scratch()
+        if self.spaces:
+            os.chdir("/")
+            self.guard.sendall(b"?"), self.guard.recv(1)
+            return os.chdir(self.scratch)
         import shutil
         for folder, names, _ in os.walk(self.scratch):
             for name in names:
@@ -413,30 +449,29 @@ class Box:
         for entry in os.scandir(self.scratch):
             shutil.rmtree(entry.path, ignore_errors=True) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
-    def become_nobody(self):
-        os.setgroups([]), os.setresgid(NOBODY, NOBODY, NOBODY), os.setresuid(NOBODY, NOBODY, NOBODY)
-
     def go_in(self, job):
-        """What a child does before it sees the candidate's code."""
-        os.chdir(self.scratch)
-        limit(resource.RLIMIT_CORE, 0), limit(resource.RLIMIT_FSIZE, 64 << 20), limit(resource.RLIMIT_NOFILE, 256)
-        limit(resource.RLIMIT_CPU, int(job["timeout"]) + 2), limit(resource.RLIMIT_AS, job["memory_mb"] << 20)
-        if self.nobody: self.become_nobody()
-        elif os.getuid(): libc("capset", struct.pack("<Ii", 0x20080522, 0), bytes(24))        # a user namespace gives all of them
-        if self.nobody or os.getuid(): limit(resource.RLIMIT_NPROC, 64)
-        libc("prctl", 38, 1, 0, 0, 0)
-        if self.ruleset is not None: libc(446, self.ruleset, 0)
-        if self.filter: lock_down(self.filter)
+        """What is left for a child to do before it sees the candidate's code."""
+        cpu, memory = int(job["timeout"]) + 2, job["memory_mb"] << 20
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu)), limit(resource.RLIMIT_AS, memory)
+        if not self.spaces:                            # without a pid namespace: no signal to Z, no way out of the group
+            if self.ruleset is not None: libc(446, self.ruleset, 0)
+            if self.inner: lock_down(self.inner)
 
     def kill_all(self, pid):
         """Kills U and all that it started; returns how U ended and its CPU seconds."""
         ended = None
         while True:
-            try: os.kill(-1, signal.SIGKILL) if self.mode != MODES[2] else os.killpg(pid, signal.SIGKILL)
+            try: os.kill(-1, signal.SIGKILL) if self.spaces else os.killpg(pid, signal.SIGKILL)
             except OSError: pass
             try: done, status, usage = os.wait4(-1, 0)
             except ChildProcessError: return ended
             if done == pid: ended = status, usage.ru_utime + usage.ru_stime
+
+
+def own_tasks():
+    """Processes and threads that this user has already: without a namespace they count against the limit."""
+    import glob
+    return sum(os.stat(p).st_uid == os.getuid() for p in glob.glob("/proc/[0-9]*/task/[0-9]*"))
 
 
 # ---------------------------------------------------------------- Z: forks one U a job, limits it, leaves nothing behind
@@ -447,17 +482,24 @@ def limit(kind, value):
     resource.setrlimit(kind, (value, value))
 
 
+def receive_job(control):
+    """The next job and the descriptor that comes with it, or None when the caller is gone."""
+    data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
+    if len(data) < 4: return None
+    missing = struct.unpack_from("<I", data)[0] + 4 - len(data)
+    if missing > 0: data += control.recv(missing, socket.MSG_WAITALL)
+    return json.loads(data[4:]), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fds[0])
+
+
 def serve_candidates(control, box):
     import gc
     gc.disable(), gc.freeze()                         # a child that collects would copy every page
-    null = os.open("/dev/null", os.O_RDWR)
-    while True:
-        head, fds, _, _ = socket.recv_fds(control, 4, 1)
-        if not head: break
-        job = json.loads(control.recv(struct.unpack("<I", head)[0], socket.MSG_WAITALL))
-        sock = socket.socket(fileno=fds[0])
-        out, out_w = os.pipe()
-        pid = os.fork()
+    null, (out, out_w), poll = os.open("/dev/null", os.O_RDWR), os.pipe(), select.poll()
+    os.set_blocking(out, False)
+    poll.register(out, select.POLLIN), poll.register(control, select.POLLRDHUP)
+    while got := receive_job(control):
+        job, sock = got
+        start, pid = time.monotonic(), os.fork()
         if pid == 0:
             try:
                 os.setsid()                           # first: kill(0) would reach our own group, outside of the namespace
@@ -472,47 +514,39 @@ def serve_candidates(control, box):
                 sys.excepthook(*sys.exc_info())
                 os._exit(70)
             finally: os._exit(0)
-        os.close(out_w)
-        report = supervise(pid, sock, out, control, job, box)
-        sock.close(), os.close(out)
+        child = os.pidfd_open(pid)
+        poll.register(child, select.POLLIN), poll.register(sock, select.POLLRDHUP)
+        reason, text = watch(poll, pid, child, sock.fileno(), out, control.fileno(), start, job["timeout"])
+        status, seconds = box.kill_all(pid)
+        while data := read_some(out):                 # nobody is left who could write
+            if len(text) < KEEP_OUTPUT: text += data
+        poll.unregister(child), poll.unregister(sock), os.close(child)
         box.clean()
-        control.sendall(to_bytes(lambda careful: pack(report, None, careful)))
+        if reason == "ended" and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU: reason = "timeout"
+        control.sendall(frame([reason, status, seconds, text[:KEEP_OUTPUT].decode("utf-8", "replace")]))
+        sock.close()
 
 
-def supervise(pid, sock, out, control, job, box):
-    """Waits until T hangs up, U ends or a limit is reached.  CPU time is the limit: wall time counts busy neighbours."""
-    start, clock = time.monotonic(), (~pid << 3) | 2             # the kernel's number for the CPU clock of pid
-    cpu, wall = job["timeout"], 3 * job["timeout"] + 2
-    child = os.pidfd_open(pid)
-    poll = select.poll()
-    poll.register(child, select.POLLIN), poll.register(out, select.POLLIN)
-    poll.register(sock, select.POLLRDHUP), poll.register(control, select.POLLRDHUP)
-    kept, total, reason, left = [], 0, "", min(cpu, wall)
-    os.set_blocking(out, False)
+def read_some(fd):
+    try: return os.read(fd, 1 << 16)
+    except BlockingIOError: return b""
 
-    def drain():
-        nonlocal total
-        try: data = os.read(out, 1 << 16)
-        except BlockingIOError: return False
-        if total < KEEP_OUTPUT: kept.append(data)
-        total += len(data)
-        return bool(data)
 
-    while not reason:
+def watch(poll, pid, child, sock, out, control, start, cpu):
+    """Waits until T hangs up, U ends or reaches a limit; why, and what it printed.  CPU time is the limit: wall time counts busy neighbours."""
+    clock, left, text, total = (~pid << 3) | 2, cpu, b"", 0       # the kernel's number for the CPU clock of pid
+    while True:
         ready = dict(poll.poll(max(1, left * 1000)))
-        if control.fileno() in ready: break                      # the caller is gone
-        if child in ready: reason = "ended"
-        elif sock.fileno() in ready: reason = "done"
-        elif out in ready:
-            if not drain(): poll.unregister(out)
-            if total > MAX_OUTPUT: reason = "output"
-        left = min(cpu - time.clock_gettime(clock), wall - (time.monotonic() - start))
-        if not reason and left <= 0.001: reason = "timeout"
-    status, seconds = box.kill_all(pid)
-    os.close(child)
-    while total < MAX_OUTPUT and drain(): pass
-    if reason == "ended" and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU: reason = "timeout"
-    return {"reason": reason, "status": status, "seconds": seconds, "stdout": b"".join(kept)[:KEEP_OUTPUT].decode("utf-8", "replace")}
+        if control in ready: return "orphan", text
+        if child in ready: return "ended", text
+        if sock in ready: return "done", text
+        if out in ready:
+            data = read_some(out)
+            total += len(data)
+            if len(text) < KEEP_OUTPUT: text += data
+            if total > MAX_OUTPUT: return "output", text
+        left = min(cpu - time.clock_gettime(clock), start + 3 * cpu + 2 - time.monotonic())
+        if left <= 0.001: return "timeout", text
 
 
 # ---------------------------------------------------------------- T: holds the tests, calls U, compares
@@ -751,14 +785,11 @@ def serve_tests(control, site):
         libc("prctl", 38, 1, 0, 0, 0), libc(446, ruleset, 0)
     except OSError: pass
     limit(resource.RLIMIT_AS, JUDGE_MB << 20)
-    link = Link(control)
-    while True:
-        head, fds, _, _ = socket.recv_fds(control, 4, 1)
-        if not head: return
-        job = json.loads(link.take(struct.unpack("<I", head)[0]))
-        used = time.process_time()
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used + job["timeout"]) + 3, resource.RLIM_INFINITY))
-        with socket.socket(fileno=fds[0]) as sock: report = judge(job, sock)
+    while got := receive_job(control):
+        job, sock = got
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + job["timeout"]) + 3, resource.RLIM_INFINITY))
+        report = judge(job, sock)
+        sock.close()
         control.sendall(to_bytes(lambda careful: pack(report, None, careful)))
 
 
@@ -775,7 +806,7 @@ class Worker:
         while True:
             self.spawn(role)
             if role == "T": return
-            try: self.layers = unpack(Link(self.helpers[role][1]).receive(), None); return
+            try: self.layers = Link(self.helpers[role][1]).receive(); return
             except EOFError:
                 self.drop(role)
                 if MODE == len(MODES) - 1: raise RuntimeError("the sandbox's helper process does not start") from None
@@ -799,14 +830,15 @@ class Worker:
         with a, b:
             for role, end in (("Z", b), ("T", a)):
                 keys = ("timeout", "memory_mb") if role == "Z" else ("code", "tests", "setup", "entry_point", "timeout", "trust")
-                data = json.dumps({k: job[k] for k in keys}).encode()
-                sock = self.helpers[role][1]
-                socket.send_fds(sock, [struct.pack("<I", len(data))], [end.fileno()])
-                sock.sendall(data)
+                data, sock = json.dumps({k: job[k] for k in keys}).encode(), self.helpers[role][1]
+                data = struct.pack("<I", len(data)) + data
+                sent = socket.send_fds(sock, [data], [end.fileno()])
+                if sent < len(data): sock.sendall(data[sent:])
         self.deadline = time.monotonic() + 4 * job["timeout"] + 20
 
     def collect(self, role):
-        self.reports[role] = unpack(Link(self.helpers[role][1]).receive(), None)
+        reply = Link(self.helpers[role][1]).receive()
+        self.reports[role] = unpack(reply, None) if role == "T" else dict(zip(("reason", "status", "seconds", "stdout"), reply))
         return merge(self.reports["T"], self.reports["Z"]) if len(self.reports) == 2 else None
 
     def drop(self, role):
@@ -901,14 +933,9 @@ def serve(role, fd, mode, site):
     control = socket.socket(fileno=fd)
     import collections, copy, ctypes, functools, heapq, math, string, typing
     if role == "T": return serve_tests(control, site)
-    box = Box(mode, site)
-    try:
-        control.sendall(to_bytes(lambda careful: pack(box.layers, None, careful)))
-        serve_candidates(control, box)
-    finally:
-        if mode == MODES[2]:
-            import shutil
-            shutil.rmtree(box.scratch, ignore_errors=True)
+    box = Box(mode, site, control)
+    control.sendall(frame(box.layers))
+    serve_candidates(control, box)
 
 
 # ---------------------------------------------------------------- from a response to a program
