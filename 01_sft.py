@@ -1,0 +1,400 @@
+"""Stage 1, supervised fine-tuning (SFT): teach a causal language model to answer a prompt with code.
+
+The loss is the usual next-token cross-entropy, on response tokens only, with the end-of-sequence token (EOS) among
+them: a model that never saw EOS as a target never stops. The result is the policy that every later stage starts from.
+
+Reads   data/tiny/sft.jsonl     {"task_id": "tiny/sft/0", "prompt": "...", "solution": "    return sum(xs)\\n", ...}
+Writes  out/sft/                an ordinary Hugging Face folder (model and tokenizer), metrics.jsonl beside the weights
+                                {"step": 50, "train_loss": 1.91, "validation_loss": 1.62, "lr": 0.002, "seconds": 11.8}
+
+Run     python 01_sft.py                                        the tiny model, from scratch
+        python 01_sft.py --model Qwen/Qwen2.5-Coder-0.5B --data data/magicoder/sft.jsonl --lr 1e-5 --epochs 5
+
+Simplified against the paper (section 4, full-parameter training of deepseek-coder-6.7b on 130k examples, 5 epochs,
+lr 1e-5): the tiny setting builds a model of 0.9 million parameters and trains it on 6,000 small programs, many of
+which are wrong on purpose, so that there is something left for the later stages to learn.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, get_cosine_schedule_with_warmup)
+
+
+@dataclass
+class Config:
+    data: str = "data/tiny/sft.jsonl"  # problems with a solution, JSONL
+    out: str = "out/sft"  # folder for the fine-tuned model
+    model: str = "scratch"  # 'scratch' builds the tiny model, else a Hugging Face name or folder; paper: deepseek-coder-6.7b
+    epochs: float = 5.5  # passes over the training examples; paper: 5
+    batch_size: int = 64  # examples per optimiser step; not given in the paper
+    micro_batch_size: int = 64  # examples per forward pass; smaller needs less memory and changes nothing else
+    lr: float = 2e-3  # peak learning rate of AdamW; paper: 1e-5 (a pretrained model)
+    warmup: float = 0.05  # share of the steps in which the learning rate rises from 0; then half a cosine down to 0
+    weight_decay: float = 0.1  # AdamW weight decay; not given in the paper
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm, over all parameters
+    max_length: int = 512  # tokens of prompt and response; longer examples are left out, and counted
+    validation_share: float = 0.05  # share of the examples held out for the validation loss
+    log_every: int = 50  # optimiser steps between two lines of the log
+    vocab_size: int = 640  # scratch only: tokens of the byte-level BPE tokenizer, at least 258
+    hidden_size: int = 128  # scratch only: width of the model
+    layers: int = 4  # scratch only: number of transformer blocks
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    threads: int = 0  # PyTorch CPU threads, 0 = PyTorch's choice
+    seed: int = 0  # random seed: held-out examples, order, initial weights
+
+
+# ------------------------------------------------------------------------------------------------- the loss, the data
+
+
+def response_loss(logits, labels):
+    """Cross-entropy summed over response tokens.
+
+    Args:
+        logits: (B, L, V); `logits[:, t]` predicts token t + 1.
+        labels: (B, L) token ids, -100 on the prompt and on padding.
+    Returns: a scalar, nats.
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100,
+                           reduction="sum")
+
+
+def collate(examples, pad_id):
+    """Pad (prompt ids, response ids) pairs on the right -> input_ids, labels, both (B, L).
+
+    Padding stands behind every real token, where causal attention never looks: no attention mask is needed.
+    """
+    length = max(len(prompt) + len(response) for prompt, response in examples)
+    input_ids = torch.full((len(examples), length), pad_id)
+    labels = torch.full((len(examples), length), -100)
+    for row, (prompt, response) in enumerate(examples):
+        end = len(prompt) + len(response)
+        input_ids[row, :end] = torch.tensor(prompt + response)
+        labels[row, len(prompt):end] = torch.tensor(response)  # EOS is the last label: the model learns to stop
+    return input_ids, labels
+
+
+# ---------------------------------------------------------------------------------------------- the model from scratch
+
+
+def build_tokenizer(texts, vocab_size):
+    """A byte-level BPE tokenizer trained on `texts`: any text can be encoded, and decoding gives it back exactly."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
+                                   clean_up_tokenization_spaces=False)
+
+
+def build_model(cfg, tokenizer):
+    """A small Llama with random weights; heads of 32 dimensions, an MLP three times as wide as the model."""
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=cfg.hidden_size, num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.hidden_size // 32, intermediate_size=3 * cfg.hidden_size,
+        max_position_embeddings=cfg.max_length, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+
+# ---------------------------------------------------------------- shared helpers (same name, same code in every file)
+
+
+def fail(message):
+    """Bad input: one line that says what to do, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_config(config_class, description):
+    """Read the command line into a `config_class`: every field is a flag, its comment the flag's help."""
+    source = inspect.getsource(config_class)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    for setting in dataclasses.fields(config_class):
+        comment = re.search(rf"^    {setting.name}: [^#]*  # (.*)$", source, re.MULTILINE)
+        options = {"default": getattr(config_class(), setting.name), "help": comment[1].replace("%", "%%")}
+        if setting.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(setting.type) is typing.Literal:
+            options["choices"] = typing.get_args(setting.type)
+        elif typing.get_origin(setting.type) is list:
+            options.update(nargs="+", type=typing.get_args(setting.type)[0])
+        else:
+            options["type"] = setting.type
+        parser.add_argument(f"--{setting.name}", **options)
+    return config_class(**vars(parser.parse_args()))
+
+
+def read_jsonl(path, fields):
+    """Read records from a JSONL file.
+
+    Args:
+        fields: {name: type or tuple of types}; a record without one of them, or with another type, is an error
+            that names file, line and field (exit code 2), as are a missing and an empty file.
+    """
+    if not Path(path).is_file():
+        fail(f"{path} does not exist; run the stage that writes it first (README, the table of stages)")
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                fail(f"{path}, line {number}: not JSON ({error}); repair or delete the line")
+            if not isinstance(record, dict):
+                fail(f"{path}, line {number}: not a JSON object; repair or delete the line")
+            for name, types in fields.items():
+                if not isinstance(record.get(name), types):
+                    fail(f"{path}, line {number}: field '{name}' is missing or has the wrong type")
+            records.append(record)
+    if not records:
+        fail(f"{path} is empty; write at least one record to it")
+    return records
+
+
+def write_jsonl(path, records):
+    """Write records to a JSONL file, whole or not at all: a temporary file takes its place when it is complete."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def finished(cfg, directory):
+    """True if `directory` holds this stage's output, made with the same settings; made with others, an error.
+
+    `stage_config.json` is the last file that a stage writes, so it marks the output as complete.
+    """
+    path = Path(directory) / "stage_config.json"
+    if not path.is_file():
+        if Path(directory).exists():
+            fail(f"{directory} exists but holds no finished run; delete it or choose another --out")
+        return False
+    old, new = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(cfg)
+    changed = [f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in new if old.get(name) != new[name]]
+    if changed:
+        fail(f"{directory} holds a run with other settings ({'; '.join(changed)}); delete it or choose another --out")
+    print(f"{directory} is finished; delete it to run this stage again")
+    return True
+
+
+def save_config(cfg, directory):
+    """Save the resolved settings next to the output, as the mark that it is complete."""
+    path = Path(directory) / "stage_config.json"
+    path.with_suffix(".tmp").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def set_up(threads):
+    """Where to compute: the GPU where there is one, else the CPU with `threads` threads (0: PyTorch's choice)."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device):
+    """bf16 matrix products on a GPU, with float32 master weights: at lr 5e-7 an update to a bf16 weight rounds away."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()  # on most CPUs bf16 is slower than float32
+
+
+def load_tokenizer(path):
+    """A tokenizer with a pad token that is not EOS: else a mask made from ids would hide the EOS that we train."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"no tokenizer at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    if tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
+    return tokenizer
+
+
+def load_model(model_class, path, device, **options):
+    """A float32 model with every dropout at 0: rollout and update must see the same policy, or ratios start off 1."""
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        config.classifier_dropout = 0.0  # the token classification head would otherwise take 0.1
+        for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        fail(f"no model at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    return model.to(device)
+
+
+def save_model(model, tokenizer, directory):
+    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete."""
+    temporary = Path(f"{directory}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if Path(directory).exists():
+        os.replace(directory, f"{directory}.old")  # never a moment without a whole checkpoint on disk
+    os.replace(temporary, directory)
+    shutil.rmtree(f"{directory}.old", ignore_errors=True)
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt up to the first response token: chat template for an instruction-tuned model, else plain.
+
+    BOS comes from one place only, the template or the tokenizer. A tokenizer that appends EOS is not heeded: the
+    response is yet to come.
+    """
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer(prompt).input_ids
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def encode_response(tokenizer, response):
+    """Token ids of a response with its EOS."""
+    return tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+
+def length_grouped_batches(lengths, batch_size, rng):
+    """Indices in random batches of similar length, so that little is computed on padding.
+
+    Sorting happens within random windows of 16 batches: a global sort would show the same neighbours every epoch.
+    """
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    window = 16 * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        chunk = sorted(order[start:start + window], key=lambda i: lengths[i])
+        batches += [chunk[i:i + batch_size] for i in range(0, len(chunk), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(cfg):
+    started = time.time()
+    out = Path(cfg.out)
+    if finished(cfg, out):
+        return
+    records = read_jsonl(cfg.data, {"task_id": str, "prompt": str, "solution": str})
+    random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    rng = random.Random(cfg.seed)
+    device = set_up(cfg.threads)
+
+    # ---- model and tokenizer
+    if cfg.model == "scratch":
+        tokenizer = build_tokenizer([r["prompt"] + r["solution"] for r in records], cfg.vocab_size)
+        model = build_model(cfg, tokenizer).to(device)
+    else:
+        tokenizer = load_tokenizer(cfg.model)
+        model = load_model(AutoModelForCausalLM, cfg.model, device)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # the pad token may be new
+            model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.train()  # gradient checkpointing works in this mode only; dropout is 0
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {len(tokenizer)} tokens, {device}")
+
+    # ---- examples
+    examples = [(encode_prompt(tokenizer, r["prompt"]), encode_response(tokenizer, r["solution"])) for r in records]
+    limit = min(cfg.max_length, getattr(model.config, "max_position_embeddings", cfg.max_length))
+    kept = [e for e in examples if len(e[0]) + len(e[1]) <= limit]
+    if len(kept) < len(examples):
+        print(f"left out {len(examples) - len(kept)} of {len(examples)} examples longer than {limit} tokens")
+    rng.shuffle(kept)
+    validation_count = max(1, round(cfg.validation_share * len(kept)))
+    validation, train = kept[:validation_count], kept[validation_count:]
+    if not train:
+        fail(f"{cfg.data} leaves no example to train on; give more examples or raise --max_length ({limit})")
+    lengths = [len(prompt) + len(response) for prompt, response in train]
+
+    # ---- optimiser: weight decay on matrices only
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
+                                   {"params": rest, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.95))
+    steps = math.ceil(cfg.epochs * math.ceil(len(train) / cfg.batch_size))
+    scheduler = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * steps), steps)
+
+    def validation_loss():
+        """Mean loss per response token on the held-out examples, nats."""
+        total, tokens = 0.0, 0
+        with torch.no_grad(), autocast(device):
+            for start in range(0, len(validation), cfg.micro_batch_size):
+                input_ids, labels = collate(validation[start:start + cfg.micro_batch_size], tokenizer.pad_token_id)
+                total += response_loss(model(input_ids=input_ids.to(device)).logits, labels.to(device)).item()
+                tokens += (labels != -100).sum().item()
+        return total / tokens
+
+    # ---- train
+    metrics, batches, losses = [], [], []
+    for step in range(1, steps + 1):
+        if not batches:  # a new epoch
+            batches = length_grouped_batches(lengths, cfg.batch_size, rng)
+        batch = [train[i] for i in batches.pop()]
+        # One token count for the whole optimiser step: the micro-batch size changes nothing.
+        tokens = sum(len(response) for _, response in batch)
+        step_loss = 0.0
+        for start in range(0, len(batch), cfg.micro_batch_size):
+            input_ids, labels = collate(batch[start:start + cfg.micro_batch_size], tokenizer.pad_token_id)
+            with autocast(device):
+                logits = model(input_ids=input_ids.to(device)).logits  # (B, L, V)
+            loss = response_loss(logits, labels.to(device)) / tokens
+            loss.backward()
+            step_loss += loss.item()
+        if not math.isfinite(step_loss):
+            fail(f"the loss is {step_loss} at step {step}; lower --lr ({cfg.lr})")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(step_loss)
+        if step % cfg.log_every == 0 or step == steps:
+            metrics.append({"step": step, "train_loss": sum(losses) / len(losses), "validation_loss": validation_loss(),
+                            "lr": scheduler.get_last_lr()[0], "seconds": round(time.time() - started, 1)})
+            losses = []
+            print("step {step}/{steps}  train loss {train_loss:.3f}  validation loss {validation_loss:.3f}  "
+                  "lr {lr:.1e}  {seconds:.0f} s".format(steps=steps, **metrics[-1]), flush=True)
+
+    # ---- save
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, tokenizer, out)
+    write_jsonl(out / "metrics.jsonl", metrics)
+    save_config(cfg, out)
+    print(f"saved {out}; stage 01_sft took {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, __doc__))

@@ -1,0 +1,598 @@
+"""Stage 2, the reward model (RM): sample responses, run the tests, learn to tell passing from failing code.
+
+The SFT policy writes five responses to each prompt, the unit tests label them, and a copy of the policy with a scalar
+head learns from pairs (passing, failing) of the same prompt by the Bradley-Terry loss (paper, section 4):
+
+    loss = -log sigmoid(r(x, chosen) - r(x, rejected))
+
+Reads   data/tiny/rm.jsonl, out/sft
+Writes  out/rm/                  an ordinary Hugging Face folder (AutoModelForSequenceClassification, one label); the mean
+                                 and standard deviation of its reward are in config.json (reward_mean, reward_std)
+        out/rm/samples.jsonl     {"task_id": "tiny/rm/0", "prompt": "...", "response": "    return max(xs)\\n", "rm_score": 0.31,
+                                  "actual_score": 0.0, "passed_tests": 2, "total_tests": 6, "status": "failed", ...}
+        out/rm/pairs.jsonl       {"task_id": "tiny/rm/0", "prompt": "...", "chosen": "...", "rejected": "...",
+                                  "edit_distance": 3}
+        out/rm/accuracy.json     accuracy on held-out prompts, over all pairs, over largest-edit pairs, by kind of flaw
+
+Run     python 02_reward_model.py
+        python 02_reward_model.py --policy out/sft-0.5b --data data/mbpp/rm.jsonl --pairs edit --lr 1e-5 --epochs 1
+
+Which pairs to train on. The paper takes one pair a prompt, the one with the largest edit distance (`--pairs edit`).
+Such pairs are mostly about length and missing steps: on the tiny set the RM then learns little about the flaws that are
+frequent, a single wrong operator in an otherwise right program. `--pairs all` takes up to four random pairs a prompt; it
+is the default because it serves the tiny set better (README, section on the reward model, has both numbers).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Cache,
+                          DynamicLayer, get_cosine_schedule_with_warmup)
+
+import sandbox
+
+PROBLEM_FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "entry_point": (str, type(None)), "tests": list}
+
+@dataclass
+class Config:
+    data: str = "data/tiny/rm.jsonl"  # problems with tests, JSONL; disjoint from those of the other stages
+    policy: str = "out/sft"  # the SFT model: it writes the responses, and the RM starts from its weights
+    out: str = "out/rm"  # folder for the reward model, its samples and pairs
+    pairs: typing.Literal["all", "edit"] = "all"  # 'all': up to four random pairs a prompt; 'edit': the paper's one pair
+    responses_per_prompt: int = 5  # responses sampled for each prompt; paper: 5
+    temperature: float = 1.0  # sampling temperature; not given in the paper
+    max_new_tokens: int = 96  # longest response, tokens; authors' scripts: 2048
+    holdout_share: float = 0.15  # share of the prompts kept from training to measure accuracy
+    epochs: int = 3  # passes over the pairs; paper: 1 (authors' scripts: 2), with many more pairs
+    batch_size: int = 32  # pairs per optimiser step; authors' scripts: 64
+    micro_batch_size: int = 32  # pairs per forward pass; smaller needs less memory and changes nothing else
+    lr: float = 5e-4  # peak learning rate of AdamW; paper: 1e-5 (a 6.7B model)
+    warmup: float = 0.05  # share of the steps in which the learning rate rises from 0; then half a cosine down to 0
+    weight_decay: float = 0.0  # AdamW weight decay; not given in the paper
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm, over all parameters
+    generate_batch_size: int = 640  # responses generated at once
+    score_batch_size: int = 64  # responses scored at once
+    timeout: float = 1.0  # CPU seconds a program may take over its tests
+    workers: int = 0  # sandbox processes, 0 = one a core
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    threads: int = 0  # PyTorch CPU threads, 0 = PyTorch's choice
+    seed: int = 0  # random seed: sampling, held-out prompts, pairs, order
+
+
+# -------------------------------------------------------------------------------------------------- the loss, the pairs
+
+
+def pairwise_loss(chosen_scores, rejected_scores):
+    """Bradley-Terry loss, -log sigmoid(chosen - rejected), mean over pairs; both (B,). log 2 where the RM knows nothing."""
+    return -F.logsigmoid(chosen_scores - rejected_scores).mean()
+
+
+def edit_distance(a, b):
+    """Levenshtein distance of two strings: characters inserted, deleted or replaced, each at cost 1.
+
+    A row at a time. With d[j] the distance to b[:j], a new row is min(replace or keep, delete, insert). The last of these
+    depends on its left neighbour in the same row: d[j] = min over k <= j of (c[k] + j - k), a running minimum of c[k] - k.
+    """
+    if len(a) < len(b):
+        a, b = b, a
+    steps = np.arange(len(b) + 1)
+    letters = np.array([ord(letter) for letter in b], dtype=np.int64)
+    row = steps.copy()
+    for number, letter in enumerate(a, 1):
+        new = np.empty_like(row)
+        new[0] = number
+        new[1:] = np.minimum(row[:-1] + (letters != ord(letter)), row[1:] + 1)
+        row = np.minimum.accumulate(new - steps) + steps
+    return int(row[-1])
+
+
+def pick_pair(responses, passed):
+    """The paper's pair: among (passing, failing) responses of one prompt the two that differ most by edit distance.
+
+    Args: responses: list of strings; passed: list of bool.
+    Returns: (index of chosen, index of rejected), the first of equals; None where all pass or all fail.
+    """
+    best, best_distance = None, -1
+    for i, j in all_pairs(responses, passed):
+        distance = edit_distance(responses[i], responses[j])
+        if distance > best_distance:
+            best, best_distance = (i, j), distance
+    return best
+
+
+def all_pairs(responses, passed):
+    """All (index of passing, index of failing) pairs of one prompt; a text sampled twice counts once."""
+    first = {}  # text -> its first index
+    for i, response in enumerate(responses):
+        first.setdefault(response, i)
+    return [(i, j) for i in first.values() if passed[i] for j in first.values() if not passed[j]]
+
+
+def flaw_kind(chosen, rejected):
+    """How a failing response differs from a passing one of the same prompt, by lines."""
+    changes = [c for c in difflib.SequenceMatcher(None, chosen.split("\n"), rejected.split("\n"), False).get_opcodes()
+               if c[0] != "equal"]
+    missing = sum(max(0, (c[2] - c[1]) - (c[4] - c[3])) for c in changes)
+    extra = sum(max(0, (c[4] - c[3]) - (c[2] - c[1])) for c in changes)
+    wrong = sum(min(c[2] - c[1], c[4] - c[3]) for c in changes)
+    if wrong == 1 and not missing and not extra:
+        return "one wrong line"
+    if missing and not wrong and not extra:
+        return "missing lines"
+    if extra and not wrong and not missing:
+        return "extra lines"
+    return "several"
+
+
+# ---------------------------------------------------------------- shared helpers (same name, same code in every file)
+
+
+def fail(message):
+    """Bad input: one line that says what to do, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_config(config_class, description):
+    """Read the command line into a `config_class`: every field is a flag, its comment the flag's help."""
+    source = inspect.getsource(config_class)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    for setting in dataclasses.fields(config_class):
+        comment = re.search(rf"^    {setting.name}: [^#]*  # (.*)$", source, re.MULTILINE)
+        options = {"default": getattr(config_class(), setting.name), "help": comment[1].replace("%", "%%")}
+        if setting.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(setting.type) is typing.Literal:
+            options["choices"] = typing.get_args(setting.type)
+        elif typing.get_origin(setting.type) is list:
+            options.update(nargs="+", type=typing.get_args(setting.type)[0])
+        else:
+            options["type"] = setting.type
+        parser.add_argument(f"--{setting.name}", **options)
+    return config_class(**vars(parser.parse_args()))
+
+
+def read_jsonl(path, fields):
+    """Read records from a JSONL file.
+
+    Args:
+        fields: {name: type or tuple of types}; a record without one of them, or with another type, is an error
+            that names file, line and field (exit code 2), as are a missing and an empty file.
+    """
+    if not Path(path).is_file():
+        fail(f"{path} does not exist; run the stage that writes it first (README, the table of stages)")
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                fail(f"{path}, line {number}: not JSON ({error}); repair or delete the line")
+            if not isinstance(record, dict):
+                fail(f"{path}, line {number}: not a JSON object; repair or delete the line")
+            for name, types in fields.items():
+                if not isinstance(record.get(name), types):
+                    fail(f"{path}, line {number}: field '{name}' is missing or has the wrong type")
+            records.append(record)
+    if not records:
+        fail(f"{path} is empty; write at least one record to it")
+    return records
+
+
+def write_jsonl(path, records):
+    """Write records to a JSONL file, whole or not at all: a temporary file takes its place when it is complete."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def finished(cfg, directory):
+    """True if `directory` holds this stage's output, made with the same settings; made with others, an error.
+
+    `stage_config.json` is the last file that a stage writes, so it marks the output as complete.
+    """
+    path = Path(directory) / "stage_config.json"
+    if not path.is_file():
+        if Path(directory).exists():
+            fail(f"{directory} exists but holds no finished run; delete it or choose another --out")
+        return False
+    old, new = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(cfg)
+    changed = [f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in new if old.get(name) != new[name]]
+    if changed:
+        fail(f"{directory} holds a run with other settings ({'; '.join(changed)}); delete it or choose another --out")
+    print(f"{directory} is finished; delete it to run this stage again")
+    return True
+
+
+def save_config(cfg, directory):
+    """Save the resolved settings next to the output, as the mark that it is complete."""
+    path = Path(directory) / "stage_config.json"
+    path.with_suffix(".tmp").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def set_up(threads):
+    """Where to compute: the GPU where there is one, else the CPU with `threads` threads (0: PyTorch's choice)."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device):
+    """bf16 matrix products on a GPU, with float32 master weights: at lr 5e-7 an update to a bf16 weight rounds away."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()  # on most CPUs bf16 is slower than float32
+
+
+def load_tokenizer(path):
+    """A tokenizer with a pad token that is not EOS: else a mask made from ids would hide the EOS that we train."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"no tokenizer at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    if tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
+    return tokenizer
+
+
+def load_model(model_class, path, device, **options):
+    """A float32 model with every dropout at 0: rollout and update must see the same policy, or ratios start off 1."""
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        config.classifier_dropout = 0.0  # the token classification head would otherwise take 0.1
+        for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        fail(f"no model at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    return model.to(device)
+
+
+def save_model(model, tokenizer, directory):
+    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete."""
+    temporary = Path(f"{directory}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if Path(directory).exists():
+        os.replace(directory, f"{directory}.old")  # never a moment without a whole checkpoint on disk
+    os.replace(temporary, directory)
+    shutil.rmtree(f"{directory}.old", ignore_errors=True)
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt up to the first response token: chat template for an instruction-tuned model, else plain.
+
+    BOS comes from one place only, the template or the tokenizer. A tokenizer that appends EOS is not heeded: the
+    response is yet to come.
+    """
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer(prompt).input_ids
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def length_grouped_batches(lengths, batch_size, rng):
+    """Indices in random batches of similar length, so that little is computed on padding.
+
+    Sorting happens within random windows of 16 batches: a global sort would show the same neighbours every epoch.
+    """
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    window = 16 * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        chunk = sorted(order[start:start + window], key=lambda i: lengths[i])
+        batches += [chunk[i:i + batch_size] for i in range(0, len(chunk), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+class PreallocatedLayer(DynamicLayer):
+    """The keys and values of one layer, in buffers made once for `capacity` tokens.
+
+    The default cache of transformers grows by concatenation: it copies itself at every token, which for a small
+    model is most of the time.
+    """
+
+    def __init__(self, capacity):
+        super().__init__()
+        self.capacity = capacity
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            heads, width = key_states.shape[1], key_states.shape[3]
+            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width) for s in (key_states, value_states)]
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        end = self.get_seq_length()
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size):
+    """Sample responses; faster than `model.generate` by a preallocated cache, prompts sorted by length and computed
+    once for all their responses, and finished rows dropped from the batch.
+
+    Args:
+        prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
+        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
+    Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
+    """
+    device, eos = model.device, tokenizer.eos_token_id
+    responses = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    prompts_per_batch = max(1, batch_size // responses_per_prompt)
+    for first in range(0, len(order), prompts_per_batch):
+        batch = order[first:first + prompts_per_batch]
+        width = len(prompts[batch[-1]])
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)  # (P, width), padded left
+        mask = torch.zeros(len(batch), width + max_new_tokens, dtype=torch.long)
+        for row, i in enumerate(batch):
+            ids[row, width - len(prompts[i]):] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]):] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = Cache(layers=[PreallocatedLayer(mask.shape[1]) for _ in range(model.config.num_hidden_layers)])
+        logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions[:, :width],
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        rows = torch.arange(len(batch), device=device).repeat_interleave(responses_per_prompt)
+        tokens = torch.full((len(rows), max_new_tokens), eos, device=device)
+        active = torch.arange(len(rows), device=device)  # the rows of `tokens` that are still in the batch
+        going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones that have not met EOS
+        cache.batch_select_indices(rows)
+        logits, mask, positions = logits[rows], mask[rows], positions[rows]
+        for t in range(max_new_tokens):
+            if temperature > 0:  # dividing by exponential noise and taking the largest draws from the distribution
+                chances = torch.softmax(logits.float() / temperature, -1)
+                chosen = (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(-1)
+            else:
+                chosen = logits.argmax(-1)
+            tokens[active, t] = chosen
+            going = going & (chosen != eos)
+            count = int(going.sum())
+            if count == 0 or t + 1 == max_new_tokens:
+                break
+            if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
+                keep = going.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                active, going, chosen = active[keep], going[keep], chosen[keep]
+                mask, positions = mask[keep], positions[keep]
+            logits = model(input_ids=chosen[:, None], attention_mask=mask[:, :width + t + 1], past_key_values=cache,
+                           position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
+        tokens = tokens.tolist()
+        for row, i in enumerate(batch):
+            responses[i] = [cut_at_eos(r, eos) for r in tokens[row * responses_per_prompt:][:responses_per_prompt]]
+    return responses
+
+
+def cut_at_eos(ids, eos):
+    """Token ids up to and including the first EOS; all of them where there is none (a truncated response)."""
+    return ids[:ids.index(eos) + 1] if eos in ids else ids
+
+
+def decode_response(tokenizer, ids):
+    """The text of a response without its EOS."""
+    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def run_tests(problems, responses, workers, timeout):
+    """Run responses against the tests of their problems, identical programs once -> list of sandbox.Result."""
+    programs = [sandbox.program(problem, response) for problem, response in zip(problems, responses)]
+    jobs, index = [], {}
+    for problem, code in zip(problems, programs):
+        if index.setdefault((problem["task_id"], code), len(jobs)) == len(jobs):
+            jobs.append({"code": code, "tests": problem["tests"], "setup": problem["setup"],
+                         "entry_point": problem["entry_point"], "timeout": timeout})
+    results = sandbox.run_many(jobs, workers=workers or None)
+    return [results[index[problem["task_id"], code]] for problem, code in zip(problems, programs)]
+
+
+def check_lengths(problems, prompt_ids, max_new_tokens, model_config):
+    """A prompt that leaves no room for a response in the model's context is an error, named before work begins."""
+    context = getattr(model_config, "max_position_embeddings", None) or math.inf
+    longest = max(range(len(problems)), key=lambda i: len(prompt_ids[i]))
+    if len(prompt_ids[longest]) + max_new_tokens > context:
+        fail(f"the prompt of {problems[longest]['task_id']} has {len(prompt_ids[longest])} tokens, and with "
+             f"--max_new_tokens {max_new_tokens} exceeds the model's context of {context}; lower the flag or drop the problem")
+
+
+def pad_right(sequences, pad_id):
+    """Token id lists -> (B, L) tensor, padded on the right."""
+    length = max(len(sequence) for sequence in sequences)
+    return torch.tensor([sequence + [pad_id] * (length - len(sequence)) for sequence in sequences])
+
+
+@torch.no_grad()
+def score_responses(reward_model, sequences, pad_id, batch_size):
+    """Reward of each sequence (prompt ids + response ids) -> (B,) float32 on the CPU, computed in order of length.
+
+    The score stands on the last token, so right padding is never looked at and needs no attention mask.
+    """
+    scores = torch.zeros(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start:start + batch_size]
+        input_ids = pad_right([sequences[i] for i in batch], pad_id).to(reward_model.device)
+        with autocast(reward_model.device):
+            scores[batch] = reward_model(input_ids=input_ids).logits[:, 0].float().cpu()
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(cfg):
+    started = time.time()
+    out = Path(cfg.out)
+    if finished(cfg, out):
+        return
+    problems = read_jsonl(cfg.data, PROBLEM_FIELDS)
+    if cfg.responses_per_prompt < 2:
+        fail(f"--responses_per_prompt {cfg.responses_per_prompt} gives no pairs; take at least 2")
+    rng = random.Random(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    device = set_up(cfg.threads)
+
+    # ---- sample responses of the SFT policy
+    tokenizer = load_tokenizer(cfg.policy)
+    policy = load_model(AutoModelForCausalLM, cfg.policy, device).eval()
+    prompt_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
+    check_lengths(problems, prompt_ids, cfg.max_new_tokens, policy.config)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    with autocast(device):
+        response_ids = generate(policy, tokenizer, prompt_ids, cfg.responses_per_prompt, cfg.max_new_tokens,
+                                cfg.temperature, generator, cfg.generate_batch_size)
+    del policy
+    responses = [[decode_response(tokenizer, ids) for ids in group] for group in response_ids]
+    print(f"{len(problems) * cfg.responses_per_prompt} responses, {time.time() - started:.0f} s", flush=True)
+
+    # ---- run the tests
+    flat = [(problem, text) for problem, group in zip(problems, responses) for text in group]
+    results = run_tests(*zip(*flat), cfg.workers, cfg.timeout)
+    passed = [[r.passed for r in results[i:i + cfg.responses_per_prompt]]
+              for i in range(0, len(results), cfg.responses_per_prompt)]
+    mixed = sum(0 < sum(group) < len(group) for group in passed)
+    print(f"pass rate {sum(map(sum, passed)) / len(results):.3f}, mixed outcomes for {mixed} of {len(problems)} prompts, "
+          f"{time.time() - started:.0f} s", flush=True)
+
+    # ---- pick pairs; whole prompts are held out, so that no pair of a training prompt measures accuracy
+    order = list(range(len(problems)))
+    rng.shuffle(order)
+    heldout = set(order[:max(1, round(cfg.holdout_share * len(order)))])
+    pairs, train, test = [], [], []  # train, test: (prompt index, passing response, failing response, largest edit?)
+    for p, problem in enumerate(problems):
+        candidates = all_pairs(responses[p], passed[p])
+        if not candidates:
+            continue
+        edit_pair = pick_pair(responses[p], passed[p])
+        if p in heldout:
+            test += [(p, i, j, (i, j) == edit_pair) for i, j in candidates]
+            continue
+        for i, j in [edit_pair] if cfg.pairs == "edit" else rng.sample(candidates, min(4, len(candidates))):
+            train.append((p, i, j, (i, j) == edit_pair))
+            pairs.append({"task_id": problem["task_id"], "prompt": problem["prompt"], "chosen": responses[p][i],
+                          "rejected": responses[p][j], "edit_distance": edit_distance(responses[p][i], responses[p][j])})
+    if not train or not test:
+        fail(f"{cfg.data} gives {len(train)} training and {len(test)} held-out pairs of a passing and a failing response; "
+             "give more problems, or a policy that solves some of them")
+    print(f"{len(train)} training pairs, {len(test)} pairs of held-out prompts, {time.time() - started:.0f} s", flush=True)
+
+    # ---- train; the RM starts as the SFT model with a new scalar head
+    reward_model = load_model(AutoModelForSequenceClassification, cfg.policy, device, num_labels=1)
+    reward_model.config.pad_token_id = tokenizer.pad_token_id
+    reward_model.train()  # gradient checkpointing works in this mode only; dropout is 0
+    if cfg.gradient_checkpointing:
+        reward_model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.95))
+    lengths = [len(prompt_ids[p]) + max(len(response_ids[p][i]), len(response_ids[p][j])) for p, i, j, _ in train]
+    batches = [b for _ in range(cfg.epochs) for b in length_grouped_batches(lengths, cfg.batch_size, rng)]
+    scheduler = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * len(batches)), len(batches))
+    losses, hits = [], []
+    for step, batch in enumerate(batches, 1):
+        for start in range(0, len(batch), cfg.micro_batch_size):
+            mb = [train[k] for k in batch[start:start + cfg.micro_batch_size]]
+            sequences = [prompt_ids[p] + response_ids[p][i] for p, i, _, _ in mb]
+            sequences += [prompt_ids[p] + response_ids[p][j] for p, _, j, _ in mb]
+            with autocast(device):
+                scores = reward_model(input_ids=pad_right(sequences, tokenizer.pad_token_id).to(device)).logits[:, 0]
+            chosen, rejected = scores.float().chunk(2)  # (B,) each
+            loss = pairwise_loss(chosen, rejected)
+            (loss * len(mb) / len(batch)).backward()
+            losses.append(loss.item())
+            hits += (chosen > rejected).tolist()
+        if not math.isfinite(losses[-1]):
+            fail(f"the loss is {losses[-1]} at step {step}; lower --lr ({cfg.lr})")
+        torch.nn.utils.clip_grad_norm_(reward_model.parameters(), cfg.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0 or step == len(batches):
+            print(f"step {step}/{len(batches)}  loss {sum(losses) / len(losses):.3f}  "
+                  f"training accuracy {sum(hits) / len(hits):.3f}  {time.time() - started:.0f} s", flush=True)
+            losses, hits = [], []
+
+    # ---- score every response once more: statistics for reward normalisation, accuracy on held-out prompts
+    sequences = [prompt_ids[p] + ids for p in range(len(problems)) for ids in response_ids[p]]
+    scores = score_responses(reward_model, sequences, tokenizer.pad_token_id, cfg.score_batch_size)
+    scores = scores.view(len(problems), cfg.responses_per_prompt)
+    # Over held-out prompts only: on training prompts the rewards are stretched by what was memorised.
+    heldout_scores = scores[sorted(heldout)]
+    reward_model.config.reward_mean = heldout_scores.mean().item()
+    reward_model.config.reward_std = heldout_scores.std().item()
+
+    def accuracy(subset):
+        """Share of pairs in which the passing response has the higher reward, beside 'the shorter one is better'."""
+        right = [float(scores[p, i] > scores[p, j]) for p, i, j, _ in subset]
+        shorter = [float(len(responses[p][i]) < len(responses[p][j]))
+                   + 0.5 * (len(responses[p][i]) == len(responses[p][j])) for p, i, j, _ in subset]
+        error = 1.96 * math.sqrt(np.mean(right) * (1 - np.mean(right)) / len(right))
+        return {"pairs": len(subset), "accuracy": np.mean(right), "interval": error, "shorter_is_better": np.mean(shorter)}
+
+    groups = {"all pairs": test, "largest-edit pairs": [t for t in test if t[3]]}
+    for t in test:
+        groups.setdefault(flaw_kind(responses[t[0]][t[1]], responses[t[0]][t[2]]), []).append(t)
+    table = {name: accuracy(subset) for name, subset in groups.items()}
+    print(f"\naccuracy on {len({t[0] for t in test})} held-out prompts (pairs: {cfg.pairs})")
+    print(f"{'pairs':<22}{'number':>7}{'RM':>15}{'shorter is better':>20}")
+    for name, row in table.items():
+        print(f"{name:<22}{row['pairs']:>7}{row['accuracy']:>8.3f} ±{row['interval']:.3f}{row['shorter_is_better']:>20.3f}")
+
+    # ---- save
+    records = [{"task_id": problem["task_id"], "prompt": problem["prompt"], "response": text,
+                "rm_score": scores.flatten()[k].item(), "actual_score": float(result.passed),
+                "passed_tests": result.passed_tests, "total_tests": result.total_tests, "status": result.status,
+                "truncated": response_ids[k // cfg.responses_per_prompt][k % cfg.responses_per_prompt][-1]
+                != tokenizer.eos_token_id, "policy": cfg.policy}
+               for k, ((problem, text), result) in enumerate(zip(flat, results))]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_model(reward_model, tokenizer, out)
+    write_jsonl(out / "samples.jsonl", records)
+    write_jsonl(out / "pairs.jsonl", pairs)
+    (out / "accuracy.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    save_config(cfg, out)
+    print(f"saved {out}; stage 02_reward_model took {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, __doc__))

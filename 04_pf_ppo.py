@@ -1,0 +1,936 @@
+"""Stage 4, PF-PPO: PPO that learns only from the responses whose reward can be trusted.
+
+Each iteration samples N responses for each of n prompts, scores them with the reward model (RM), keeps a subset of every
+prompt's responses (the filter), and makes a PPO update of policy and critic on what was kept (paper, algorithm 1):
+
+    generate -> score -> filter -> KL and GAE -> PPO epochs -> log -> save
+
+    filter    rank y_1..y_N by reward within one prompt; BoN keeps the best, BR the best and one other at random, BW the
+              best and the worst; `none` is PPO-M, `single` PPO-S (one response for each of 5n prompts), and `random2` the
+              control of BR's and BW's size: without it nobody can tell the filter from the smaller batch
+    reward    r_t = -kl_coef * (log pi(y_t) - log pi_ref(y_t)),  plus the normalised RM score at the last token
+    GAE       delta_t = r_t + gamma V_{t+1} - V_t,   A_t = sum_k (gamma lam)^k delta_{t+k},   returns = A + V
+    policy    L = mean max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),   ratio = pi / pi_old
+    critic    L = mean 1/2 max((V - R)^2, (clip(V, V_old +- eps) - R)^2)
+
+Reads   data/tiny/ppo.jsonl, data/tiny/validation.jsonl, out/sft, out/rm
+Writes  out/ppo_<strategy>/best, last    ordinary Hugging Face folders: best by validation pass@1, and after the last iteration
+                           metrics.jsonl {"iteration": 1, "rm_score": 0.1, "pass_rate": 0.31, "kl_per_token": 0.0, ...}
+                           rollouts/     0001.jsonl ...: every response of an iteration, its reward, verdict, whether it was kept
+                           curves.png    reward and true pass rate side by side
+                           state.pt      all that --resume needs
+
+Run     python 04_pf_ppo.py --strategy bw
+
+Simplified against the paper (section 4): the tiny setting makes one pass over each minibatch (paper: each response is used
+three times on average), has larger learning rates (a model of 0.9M parameters), a larger KL coefficient (with 0.02 to 0.05
+this small model collapses: README), and rewards its policy for nothing but the RM score.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoModelForTokenClassification, AutoTokenizer, Cache, DynamicLayer)
+
+import sandbox
+
+PROBLEM_FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "entry_point": (str, type(None)), "tests": list}
+
+
+@dataclass
+class Config:
+    strategy: typing.Literal["none", "single", "bon", "br", "bw", "random2", "top", "top_random", "top_bottom", "pow_1",
+                             "pow_2", "pow_3"] = "bw"  # the filter; paper: br or bw
+    data: str = "data/tiny/ppo.jsonl"  # problems to train on, JSONL
+    validation: str = "data/tiny/validation.jsonl"  # problems that choose the best checkpoint; never the test problems
+    policy: str = "out/sft"  # the SFT model: the policy starts from it and is held near it
+    reward_model: str = "out/rm"  # the RM; the critic starts from it
+    out: str = ""  # output folder; empty: out/ppo_<strategy>
+    iterations: int = 20  # rounds of generate, filter, update; paper: 5 passes over 3k prompts
+    prompts_per_iteration: int = 48  # n; authors' scripts: 1024 rollouts
+    responses_per_prompt: int = 5  # N, responses sampled for each prompt; paper: 5
+    top: float = 0.5  # top*: rewards above are kept, in standard deviations of the RM's reward; not given in the paper
+    bottom: float = -0.5  # top_bottom: rewards below are kept too
+    temperature: float = 1.0  # sampling temperature; it divides the logits in rollout, update and reference alike
+    max_new_tokens: int = 96  # longest response, tokens; authors' scripts: 2048
+    truncation_penalty: float = 1.0  # taken off the normalised score of a response without EOS; not given in the paper
+    epochs: int = 1  # passes over the kept responses of an iteration; paper: 3 on average
+    minibatch_size: int = 48  # kept responses per optimiser step; authors' scripts: 256
+    micro_batch_size: int = 48  # responses per forward pass; smaller needs less memory and changes nothing else
+    lr: float = 1e-4  # policy learning rate (AdamW, constant); paper: 5e-7 (a 6.7B model)
+    critic_lr: float = 5e-4  # critic learning rate; paper: 9e-6
+    critic_warmup: int = 2  # iterations in which only the critic learns: the policy should not follow a blind one
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm, over all parameters of a model
+    advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"  # gae: with a critic; the others compare a prompt's responses
+    gamma: float = 1.0  # discount per token; authors' scripts: 1
+    lam: float = 0.95  # GAE lambda; authors' scripts: 0.95
+    clip: float = 0.2  # the ratio's trust region, 1 +- clip; authors' scripts: 0.2
+    value_clip: float = 0.2  # the same for values, in standard deviations of the reward
+    kl_coef: float = 0.3  # weight of the per-token KL penalty, reward per nat; authors' scripts: 0.01
+    kl_control: typing.Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef follows kl_target
+    kl_target: float = 1.0  # adaptive: the KL from the reference to aim at, nats per response
+    kl_horizon: int = 1000  # adaptive: responses over which kl_coef may change by a factor of about e
+    whiten_before_filter: bool = False  # the wrong order, for comparison: with bon all advantages come out positive
+    critic_rows: typing.Literal["kept", "all"] = "kept"  # what the critic trains on; paper: the kept responses
+    eval_every: int = 5  # iterations between two validations (greedy pass@1); the last iteration always has one
+    save_every: int = 0  # also keep the policy of every so many iterations as out/iteration_<i>; 0: none
+    resume: bool = False  # go on from the last finished iteration of an interrupted run
+    generate_batch_size: int = 512  # responses generated at once
+    score_batch_size: int = 64  # responses scored, or passed through frozen models, at once
+    timeout: float = 1.0  # CPU seconds a program may take over its tests
+    workers: int = 1  # sandbox processes, 0 = one a core; they run while policy and critic train
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    threads: int = 0  # PyTorch CPU threads, 0 = PyTorch's choice
+    seed: int = 0  # random seed: order of the prompts, sampling, filter, minibatches
+
+
+# --------------------------------------------------------------------------------------------- the maths, pure functions
+
+
+def masked_mean(x, mask):
+    """Mean of x over the positions where mask is 1; both of one shape. 0 where the mask is empty."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(x, mask, shift_mean=True):
+    """x with variance 1 over the masked positions, and mean 0 (or its old mean: shift_mean=False); 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    centred = x - mean
+    whitened = centred * torch.rsqrt(masked_mean(centred**2, mask) + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
+    """Reward of each token: the KL penalty everywhere, and the score on the last token (its EOS, where there is one).
+
+    The penalty is the estimator k1 = log pi(y_t) - log pi_ref(y_t), positive when the policy gives the token more
+    probability than the reference; its mean over samples is the KL divergence.
+
+    Args: scores: (B,); logprobs, ref_logprobs: (B, T); mask: (B, T), 1 on response tokens. Returns: (B, T).
+    """
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    # The last token is found from the mask, so a truncated response keeps its own last token: no EOS is made up.
+    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)  # (B,)
+    ends = torch.zeros_like(rewards).scatter(1, last[:, None], scores[:, None].to(rewards.dtype))
+    return rewards + ends * mask
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (Schulman et al. 2016, equation 16).
+
+    Args:
+        rewards, mask: (B, T), padded on the right.
+        values: (B, T), `values[:, t]` predicted before token t is seen; after the last token the value is 0.
+    Returns: advantages, returns = advantages + values; both (B, T), 0 on padding.
+    """
+    advantages = torch.zeros_like(rewards)
+    following_advantage = following_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * following_value - values[:, t]
+        following_advantage = (delta + gamma * lam * following_advantage) * mask[:, t]
+        following_value = values[:, t] * mask[:, t]
+        advantages[:, t] = following_advantage
+    return advantages, (advantages + values) * mask
+
+
+def group_advantages(scores, kind):
+    """Advantages without a critic: each response against the others of its prompt, over all N, before the filter.
+
+    Args: scores: (P, N), N at least 2. kind: 'rloo', score minus the mean of the other N - 1 (Ahmadian et al. 2024), or
+        'grpo', centred and divided by the prompt's standard deviation, 0 where all are equal (Shao et al. 2024).
+    Returns: (P, N).
+    """
+    centred = scores - scores.mean(1, keepdim=True)
+    if kind == "rloo":
+        return centred * scores.shape[1] / (scores.shape[1] - 1)  # s - (sum - s) / (N - 1)
+    if kind == "grpo":
+        std = scores.std(1, keepdim=True)
+        return torch.where(std > 1e-6, centred / std.clamp(min=1e-6), torch.zeros_like(scores))
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
+    """PPO's clipped surrogate (Schulman et al. 2017, equation 7), mean over masked tokens.
+
+    Args: all (B, T). Returns: scalar loss, {"ratio", "clip_fraction"}: means over masked tokens.
+    """
+    ratio = ((logprobs - old_logprobs) * mask).exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    clipped = ((ratio - 1).abs() > clip).float()
+    return masked_mean(loss, mask), {"ratio": masked_mean(ratio.detach(), mask).item(),
+                                     "clip_fraction": masked_mean(clipped, mask).item()}
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """Half the squared error, or that of the values held within `clip` of the old ones, whichever is larger.
+
+    Args: all (B, T). Returns: scalar loss, {"value_clip_fraction"}; means over masked tokens.
+    """
+    held = torch.clamp(values, old_values - clip, old_values + clip)
+    loss = 0.5 * torch.maximum((values - returns) ** 2, (held - returns) ** 2)
+    clipped = ((values - old_values).abs() > clip).float()
+    return masked_mean(loss, mask), {"value_clip_fraction": masked_mean(clipped, mask).item()}
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(returns - values) / Var(returns) over masked positions: 1 for a perfect critic, 0 for a constant one."""
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
+
+
+def adapt_kl_coef(kl_coef, kl, target, responses, horizon):
+    """Adaptive KL control (Ziegler et al. 2019, section 2.2): raise the coefficient when the KL is above its target."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * responses / horizon)
+
+
+# ---------------------------------------------------------------- shared helpers (same name, same code in every file)
+
+
+def fail(message):
+    """Bad input: one line that says what to do, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_config(config_class, description):
+    """Read the command line into a `config_class`: every field is a flag, its comment the flag's help."""
+    source = inspect.getsource(config_class)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    for setting in dataclasses.fields(config_class):
+        comment = re.search(rf"^    {setting.name}: [^#]*  # (.*)$", source, re.MULTILINE)
+        options = {"default": getattr(config_class(), setting.name), "help": comment[1].replace("%", "%%")}
+        if setting.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(setting.type) is typing.Literal:
+            options["choices"] = typing.get_args(setting.type)
+        elif typing.get_origin(setting.type) is list:
+            options.update(nargs="+", type=typing.get_args(setting.type)[0])
+        else:
+            options["type"] = setting.type
+        parser.add_argument(f"--{setting.name}", **options)
+    return config_class(**vars(parser.parse_args()))
+
+
+def read_jsonl(path, fields):
+    """Read records from a JSONL file.
+
+    Args:
+        fields: {name: type or tuple of types}; a record without one of them, or with another type, is an error
+            that names file, line and field (exit code 2), as are a missing and an empty file.
+    """
+    if not Path(path).is_file():
+        fail(f"{path} does not exist; run the stage that writes it first (README, the table of stages)")
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                fail(f"{path}, line {number}: not JSON ({error}); repair or delete the line")
+            if not isinstance(record, dict):
+                fail(f"{path}, line {number}: not a JSON object; repair or delete the line")
+            for name, types in fields.items():
+                if not isinstance(record.get(name), types):
+                    fail(f"{path}, line {number}: field '{name}' is missing or has the wrong type")
+            records.append(record)
+    if not records:
+        fail(f"{path} is empty; write at least one record to it")
+    return records
+
+
+def write_jsonl(path, records):
+    """Write records to a JSONL file, whole or not at all: a temporary file takes its place when it is complete."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def finished(cfg, directory):
+    """True if `directory` holds this stage's output, made with the same settings; made with others, an error.
+
+    `stage_config.json` is the last file that a stage writes, so it marks the output as complete.
+    """
+    path = Path(directory) / "stage_config.json"
+    if not path.is_file():
+        if Path(directory).exists():
+            fail(f"{directory} exists but holds no finished run; delete it or choose another --out")
+        return False
+    old, new = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(cfg)
+    changed = [f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in new if old.get(name) != new[name]]
+    if changed:
+        fail(f"{directory} holds a run with other settings ({'; '.join(changed)}); delete it or choose another --out")
+    print(f"{directory} is finished; delete it to run this stage again")
+    return True
+
+
+def save_config(cfg, directory):
+    """Save the resolved settings next to the output, as the mark that it is complete."""
+    path = Path(directory) / "stage_config.json"
+    path.with_suffix(".tmp").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def set_up(threads):
+    """Where to compute: the GPU where there is one, else the CPU with `threads` threads (0: PyTorch's choice)."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device):
+    """bf16 matrix products on a GPU, with float32 master weights: at lr 5e-7 an update to a bf16 weight rounds away."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()  # on most CPUs bf16 is slower than float32
+
+
+def load_tokenizer(path):
+    """A tokenizer with a pad token that is not EOS: else a mask made from ids would hide the EOS that we train."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"no tokenizer at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    if tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
+    return tokenizer
+
+
+def load_model(model_class, path, device, **options):
+    """A float32 model with every dropout at 0: rollout and update must see the same policy, or ratios start off 1."""
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        config.classifier_dropout = 0.0  # the token classification head would otherwise take 0.1
+        for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        fail(f"no model at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    return model.to(device)
+
+
+def save_model(model, tokenizer, directory):
+    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete."""
+    temporary = Path(f"{directory}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if Path(directory).exists():
+        os.replace(directory, f"{directory}.old")  # never a moment without a whole checkpoint on disk
+    os.replace(temporary, directory)
+    shutil.rmtree(f"{directory}.old", ignore_errors=True)
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt up to the first response token: chat template for an instruction-tuned model, else plain.
+
+    BOS comes from one place only, the template or the tokenizer. A tokenizer that appends EOS is not heeded: the
+    response is yet to come.
+    """
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer(prompt).input_ids
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+class PreallocatedLayer(DynamicLayer):
+    """The keys and values of one layer, in buffers made once for `capacity` tokens.
+
+    The default cache of transformers grows by concatenation: it copies itself at every token, which for a small
+    model is most of the time.
+    """
+
+    def __init__(self, capacity):
+        super().__init__()
+        self.capacity = capacity
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            heads, width = key_states.shape[1], key_states.shape[3]
+            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width) for s in (key_states, value_states)]
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        end = self.get_seq_length()
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size):
+    """Sample responses; faster than `model.generate` by a preallocated cache, prompts sorted by length and computed
+    once for all their responses, and finished rows dropped from the batch.
+
+    Args:
+        prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
+        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
+    Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
+    """
+    device, eos = model.device, tokenizer.eos_token_id
+    responses = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    prompts_per_batch = max(1, batch_size // responses_per_prompt)
+    for first in range(0, len(order), prompts_per_batch):
+        batch = order[first:first + prompts_per_batch]
+        width = len(prompts[batch[-1]])
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)  # (P, width), padded left
+        mask = torch.zeros(len(batch), width + max_new_tokens, dtype=torch.long)
+        for row, i in enumerate(batch):
+            ids[row, width - len(prompts[i]):] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]):] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = Cache(layers=[PreallocatedLayer(mask.shape[1]) for _ in range(model.config.num_hidden_layers)])
+        logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions[:, :width],
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        rows = torch.arange(len(batch), device=device).repeat_interleave(responses_per_prompt)
+        tokens = torch.full((len(rows), max_new_tokens), eos, device=device)
+        active = torch.arange(len(rows), device=device)  # the rows of `tokens` that are still in the batch
+        going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones that have not met EOS
+        cache.batch_select_indices(rows)
+        logits, mask, positions = logits[rows], mask[rows], positions[rows]
+        for t in range(max_new_tokens):
+            if temperature > 0:  # dividing by exponential noise and taking the largest draws from the distribution
+                chances = torch.softmax(logits.float() / temperature, -1)
+                chosen = (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(-1)
+            else:
+                chosen = logits.argmax(-1)
+            tokens[active, t] = chosen
+            going = going & (chosen != eos)
+            count = int(going.sum())
+            if count == 0 or t + 1 == max_new_tokens:
+                break
+            if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
+                keep = going.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                active, going, chosen = active[keep], going[keep], chosen[keep]
+                mask, positions = mask[keep], positions[keep]
+            logits = model(input_ids=chosen[:, None], attention_mask=mask[:, :width + t + 1], past_key_values=cache,
+                           position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
+        tokens = tokens.tolist()
+        for row, i in enumerate(batch):
+            responses[i] = [cut_at_eos(r, eos) for r in tokens[row * responses_per_prompt:][:responses_per_prompt]]
+    return responses
+
+
+def cut_at_eos(ids, eos):
+    """Token ids up to and including the first EOS; all of them where there is none (a truncated response)."""
+    return ids[:ids.index(eos) + 1] if eos in ids else ids
+
+
+def decode_response(tokenizer, ids):
+    """The text of a response without its EOS."""
+    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def run_tests(problems, responses, workers, timeout):
+    """Run responses against the tests of their problems, identical programs once -> list of sandbox.Result."""
+    programs = [sandbox.program(problem, response) for problem, response in zip(problems, responses)]
+    jobs, index = [], {}
+    for problem, code in zip(problems, programs):
+        if index.setdefault((problem["task_id"], code), len(jobs)) == len(jobs):
+            jobs.append({"code": code, "tests": problem["tests"], "setup": problem["setup"],
+                         "entry_point": problem["entry_point"], "timeout": timeout})
+    results = sandbox.run_many(jobs, workers=workers or None)
+    return [results[index[problem["task_id"], code]] for problem, code in zip(problems, programs)]
+
+
+def check_lengths(problems, prompt_ids, max_new_tokens, model_config):
+    """A prompt that leaves no room for a response in the model's context is an error, named before work begins."""
+    context = getattr(model_config, "max_position_embeddings", None) or math.inf
+    longest = max(range(len(problems)), key=lambda i: len(prompt_ids[i]))
+    if len(prompt_ids[longest]) + max_new_tokens > context:
+        fail(f"the prompt of {problems[longest]['task_id']} has {len(prompt_ids[longest])} tokens, and with "
+             f"--max_new_tokens {max_new_tokens} exceeds the model's context of {context}; lower the flag or drop the problem")
+
+
+def pad_right(sequences, pad_id):
+    """Token id lists -> (B, L) tensor, padded on the right."""
+    length = max(len(sequence) for sequence in sequences)
+    return torch.tensor([sequence + [pad_id] * (length - len(sequence)) for sequence in sequences])
+
+
+@torch.no_grad()
+def score_responses(reward_model, sequences, pad_id, batch_size):
+    """Reward of each sequence (prompt ids + response ids) -> (B,) float32 on the CPU, computed in order of length.
+
+    The score stands on the last token, so right padding is never looked at and needs no attention mask.
+    """
+    scores = torch.zeros(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start:start + batch_size]
+        input_ids = pad_right([sequences[i] for i in batch], pad_id).to(reward_model.device)
+        with autocast(reward_model.device):
+            scores[batch] = reward_model(input_ids=input_ids).logits[:, 0].float().cpu()
+    return scores
+
+
+def filter_weights(rm_scores, strategy, top=0.5, bottom=-0.5):
+    """Weight of each response of one prompt under a filter (paper, section 3: weights over ranks).
+
+    Args:
+        rm_scores: (..., N) normalised rewards; the last dimension holds the responses of one prompt, never a batch.
+        top, bottom: thresholds of the `top*` strategies, in standard deviations of the reward.
+    Returns: (..., N) weights that sum to 1; ties are ranked in order of appearance. A threshold that no response of a
+        prompt passes leaves its best one. pow_k: proportional to |r|^k, r stretched to [-1, 1] within the prompt; without
+        the centring a prompt with only good rewards would be weighted like one end.
+    """
+    scores = torch.as_tensor(rm_scores, dtype=torch.float32)
+    n = scores.shape[-1]
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(-1)  # 0 is the best
+    best, worst = (rank == 0).float(), (rank == n - 1).float()
+    if strategy in ("none", "single", "random2"):  # random2 in expectation
+        weights = torch.ones_like(scores)
+    elif strategy == "bon":
+        weights = best
+    elif strategy == "br":
+        weights = (n - 1) * best + (1 - best) if n > 1 else best
+    elif strategy == "bw":
+        weights = best + worst
+    elif strategy == "top":
+        weights = (scores > top).float()
+    elif strategy == "top_random":
+        weights = 0.5 + 0.5 * (scores > top).float()
+    elif strategy == "top_bottom":
+        weights = ((scores > top) | (scores < bottom)).float()
+    elif strategy in ("pow_1", "pow_2", "pow_3"):
+        low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+        stretched = (2 * (scores - low) / (high - low).clamp(min=1e-9) - 1).abs() ** int(strategy[-1])
+        weights = torch.where(high > low, stretched, torch.ones_like(scores))
+    else:
+        raise ValueError(f"unknown strategy {strategy!r}")
+    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, best)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def select_responses(rm_scores, strategy, generator, top=0.5, bottom=-0.5):
+    """Which responses PPO trains on: the filter, applied within each prompt and without duplicates.
+
+    Args: rm_scores: (P, N) normalised rewards; generator: CPU torch.Generator for the strategies that draw.
+    Returns: (rows, columns), two int64 tensors in order of prompt, then of response. BoN keeps the best, BR the best and
+        one other at random, BW the best and the worst, random2 two at random; pow_k keeps all (it weights them).
+    """
+    scores = torch.as_tensor(rm_scores, dtype=torch.float32)
+    noise = torch.rand(scores.shape, generator=generator)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(-1)
+    weights = filter_weights(scores, strategy, top, bottom)
+    if strategy == "br":
+        noise = noise.masked_fill(rank == 0, 2.0)  # the best one first, then whichever has the largest noise
+    if strategy in ("br", "random2"):
+        keep = noise.argsort(-1, descending=True).argsort(-1) < 2
+    elif strategy == "top_random":
+        keep = (scores > top) | (noise < 0.5)
+        keep |= ~keep.any(-1, keepdim=True) & (rank == 0)
+    elif strategy.startswith("pow_"):
+        keep = torch.ones_like(scores, dtype=torch.bool)
+    else:
+        keep = weights > 0
+    return keep.nonzero(as_tuple=True)
+
+
+# ------------------------------------------------------------------------------------------------------ rollout batches
+
+
+def make_batch(prompts, responses, pad_id):
+    """Token id lists -> prompt_ids (B, P) padded left, response_ids (B, T) padded right, and their masks."""
+    width, length = max(map(len, prompts)), max(map(len, responses))
+    return {
+        "prompt_ids": torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts]),
+        "prompt_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+        "response_ids": torch.tensor([r + [pad_id] * (length - len(r)) for r in responses]),
+        "response_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in responses]),
+    }
+
+
+def take_rows(batch, rows, device):
+    """The rows of a batch, every field of a row together, without the columns that are padding in all of them."""
+    part = {name: field[rows] for name, field in batch.items()}
+    first = part["prompt_mask"].shape[1] - int(part["prompt_mask"].sum(1).max())
+    length = int(part["response_mask"].sum(1).max())
+    for name, field in part.items():
+        if field.dim() == 2:
+            part[name] = field[:, first:] if name.startswith("prompt") else field[:, :length]
+    return {name: field.to(device) for name, field in part.items()}
+
+
+def model_inputs(mb):
+    """input_ids and attention_mask, both (B, P + T), of a batch from `take_rows`."""
+    return (torch.cat([mb["prompt_ids"], mb["response_ids"]], 1),
+            torch.cat([mb["prompt_mask"], mb["response_mask"]], 1))
+
+
+def response_logprobs(model, input_ids, attention_mask, response_length, temperature):
+    """Log-probability of each of the last `response_length` tokens under the model's sampling distribution.
+
+    Args: input_ids, attention_mask: (B, P + T), prompts padded left, responses right; response_length: T.
+    Returns: (B, T) float32; on padding the values mean nothing and are to be masked.
+    """
+    # Left padding shifts a row to the right: without positions from the mask the same row would differ by its neighbours.
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    with autocast(input_ids.device):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False,
+                       logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
+    logits = logits[:, :-1].float() / temperature  # position t predicts token t + 1
+    targets = input_ids[:, -response_length:]
+    return torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1)
+
+
+def response_values(critic, input_ids, attention_mask, response_length):
+    """The critic's value before each of the last `response_length` tokens is seen -> (B, T) float32."""
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    with autocast(input_ids.device):
+        values = critic(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).logits[..., 0]
+    return values[:, -response_length - 1:-1].float()
+
+
+@torch.no_grad()
+def forward_rows(function, batch, rows, batch_size, device):
+    """`function(mb) -> (b, T_mb)` on some rows of a batch, in order of length -> (B, T) on the CPU, 0 everywhere else."""
+    result = torch.zeros(batch["response_mask"].shape)
+    lengths = batch["prompt_mask"].sum(1) + batch["response_mask"].sum(1)
+    for part in rows[lengths[rows].argsort()].split(batch_size):
+        mb = take_rows(batch, part, device)
+        values = function(mb) * mb["response_mask"]
+        result[part, :values.shape[1]] = values.cpu()
+    return result
+
+
+def load_critic(cfg, reward_model, device):
+    """The critic: the RM with a value at every token, its head rescaled to the normalised reward that it will predict."""
+    critic = load_model(AutoModelForTokenClassification, cfg.reward_model, device, num_labels=1)
+    head = critic.score if hasattr(critic, "score") else critic.classifier  # GPT-2 calls it classifier
+    mean, std = reward_model.config.reward_mean, reward_model.config.reward_std
+    with torch.no_grad():
+        head.weight.copy_(reward_model.score.weight / std)
+        head.bias.fill_(-mean / std)
+    return critic.train()
+
+
+def train_epoch(model, optimizer, loss_function, batch, rows, cfg, generator, device):
+    """One pass over the rows in random minibatches, an optimiser step each -> statistics, means over tokens.
+
+    `loss_function(mb)` returns (mean loss over the micro-batch's tokens, statistics). Each micro-batch counts by its
+    share of the minibatch's tokens, so that the micro-batch size changes nothing but the memory.
+    """
+    lengths = batch["response_mask"].sum(1)
+    totals, seen = {}, 0
+    for minibatch in rows[torch.randperm(len(rows), generator=generator)].split(cfg.minibatch_size):
+        minibatch = minibatch[lengths[minibatch].argsort()]  # micro-batches of similar length
+        tokens = int(lengths[minibatch].sum())
+        for micro_batch in minibatch.split(cfg.micro_batch_size):
+            mb = take_rows(batch, micro_batch, device)
+            loss, statistics = loss_function(mb)
+            share = int(lengths[micro_batch].sum()) / tokens
+            (loss * share).backward()
+            for name, value in {**statistics, "loss": loss.item()}.items():
+                totals[name] = totals.get(name, 0.0) + value * share * tokens
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError("a loss or gradient is not a finite number")
+        totals["grad_norm"] = totals.get("grad_norm", 0.0) + norm * tokens
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += tokens
+    return {name: total / seen for name, total in totals.items()}
+
+
+def iteration_prompts(count, per_iteration, iteration, seed):
+    """Indices of the problems of an iteration (from 1): slices of an endless sequence of shuffled passes.
+
+    It depends on nothing else, so every strategy of a seed sees the same prompts in the same order, and so does --resume.
+    """
+    indices = []
+    for position in range((iteration - 1) * per_iteration, iteration * per_iteration):
+        epoch, place = divmod(position, count)
+        order = list(range(count))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        indices.append(order[place])
+    return indices
+
+
+def plot_curves(metrics, path, title):
+    """Reward and true pass rate of the same rollouts, and KL: over-optimisation is where the first two part."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    steps = [m["iteration"] for m in metrics if m["iteration"]]
+    panels = [("rm_score", "RM reward of the rollouts", "standard deviations of the SFT policy's reward", "tab:orange"),
+              ("pass_rate", "share of programs that pass their tests", "pass rate", "tab:green"),
+              ("kl_per_response", "distance from the SFT policy", "KL, nats per response", "tab:blue")]
+    for axis, (name, heading, label, colour) in zip(axes, panels):
+        axis.plot(steps, [m[name] for m in metrics if m["iteration"]], color=colour,
+                  label="rollouts (temperature 1)" if name == "pass_rate" else None)
+        axis.set(title=heading, xlabel="iteration", ylabel=label)
+        axis.grid(alpha=0.3)
+    checks = [m for m in metrics if "validation_pass_at_1" in m]
+    axes[1].plot([m["iteration"] for m in checks], [m["validation_pass_at_1"] for m in checks], "o--", color="tab:green",
+                 label="validation problems, greedy")
+    axes[1].legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(cfg):
+    started = time.time()
+    n, per_prompt = cfg.prompts_per_iteration, cfg.responses_per_prompt
+    if cfg.strategy == "single":  # PPO-S: as many responses, each to a prompt of its own
+        n, per_prompt = n * per_prompt, 1
+    needed = 2 if cfg.strategy in ("br", "bw", "random2") or cfg.advantage != "gae" else 1
+    if per_prompt < needed:
+        fail(f"--strategy {cfg.strategy} --advantage {cfg.advantage} needs {needed} responses of a prompt, there are "
+             f"{per_prompt}; raise --responses_per_prompt or change the strategy")
+    out = Path(cfg.out or f"out/ppo_{cfg.strategy}")
+    state_path = out / "state.pt"
+    settings = dataclasses.replace(cfg, resume=False)
+    if (out / "stage_config.json").is_file() or not cfg.resume:
+        if finished(settings, out):
+            return
+    problems, validation = read_jsonl(cfg.data, PROBLEM_FIELDS), read_jsonl(cfg.validation, PROBLEM_FIELDS)
+    device = set_up(cfg.threads)
+
+    # ---- four models: policy and critic learn, reference and reward model are frozen
+    tokenizer = load_tokenizer(cfg.policy)
+    policy = load_model(AutoModelForCausalLM, cfg.policy, device).train()
+    reference = load_model(AutoModelForCausalLM, cfg.policy, device).eval().requires_grad_(False)
+    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, device).eval().requires_grad_(False)
+    if not hasattr(reward_model.config, "reward_mean") or not hasattr(reward_model.config, "reward_std"):
+        fail(f"{cfg.reward_model} has no reward_mean and reward_std in its config; train it with 02_reward_model.py")
+    models = {"policy": policy}
+    if cfg.advantage == "gae":
+        models["critic"] = load_critic(cfg, reward_model, device)
+    if cfg.gradient_checkpointing:
+        for model in models.values():
+            model.gradient_checkpointing_enable()
+    learning_rates = {"policy": cfg.lr, "critic": cfg.critic_lr}
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=learning_rates[name], weight_decay=0.0)
+                  for name, model in models.items()}
+    prompt_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
+    validation_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in validation]
+    check_lengths(problems + validation, prompt_ids + validation_ids, cfg.max_new_tokens, policy.config)
+
+    def pass_at_1():
+        """Share of validation problems solved by the greedy response."""
+        with autocast(device):
+            ids = generate(policy, tokenizer, validation_ids, 1, cfg.max_new_tokens, 0.0, None, cfg.generate_batch_size)
+        texts = [decode_response(tokenizer, group[0]) for group in ids]
+        results = run_tests(validation, texts, cfg.workers, cfg.timeout)
+        return sum(result.passed for result in results) / len(results)
+
+    def logprobs_of(model, mb):
+        return response_logprobs(model, *model_inputs(mb), mb["response_ids"].shape[1], cfg.temperature)
+
+    def values_of(mb):
+        return response_values(models["critic"], *model_inputs(mb), mb["response_ids"].shape[1])
+
+    def policy_loss_of(mb):
+        return policy_loss(logprobs_of(policy, mb), mb["old_logprobs"], mb["advantages"], mb["response_mask"], cfg.clip)
+
+    def value_loss_of(mb):
+        return value_loss(values_of(mb), mb["old_values"], mb["returns"], mb["response_mask"], cfg.value_clip)
+
+    # ---- start or resume. All that is random is seeded by the iteration's number: weights and metrics are the whole state.
+    if cfg.resume and state_path.is_file():
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        changed = [name for name, value in dataclasses.asdict(settings).items() if state["config"].get(name) != value]
+        if changed:
+            fail(f"{out} was started with other settings ({', '.join(changed)}); use the same flags to resume it")
+        for name, model in models.items():
+            model.load_state_dict(state["models"][name])
+            optimizers[name].load_state_dict(state["optimizers"][name])
+        metrics, kl_coef, best = state["metrics"], state["kl_coef"], state["best"]
+        print(f"resuming {out} after iteration {metrics[-1]['iteration']}", flush=True)
+    else:
+        (out / "rollouts").mkdir(parents=True, exist_ok=True)
+        kl_coef, best = cfg.kl_coef, pass_at_1()
+        metrics = [{"iteration": 0, "validation_pass_at_1": best}]
+        save_model(policy, tokenizer, out / "best")
+        print(f"before training: validation pass@1 {best:.3f}, {time.time() - started:.0f} s", flush=True)
+    background = concurrent.futures.ThreadPoolExecutor(1)
+
+    for iteration in range(metrics[-1]["iteration"] + 1, cfg.iterations + 1):
+        clock = [time.time()]
+        generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + iteration)
+        cpu_generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + iteration)
+
+        # ---- generate: N responses for each of n prompts, rows in order of prompt
+        indices = iteration_prompts(len(problems), n, iteration, cfg.seed)
+        with autocast(device):
+            groups = generate(policy, tokenizer, [prompt_ids[i] for i in indices], per_prompt, cfg.max_new_tokens,
+                              cfg.temperature, generator, cfg.generate_batch_size)
+        row_problems = [problems[i] for i in indices for _ in range(per_prompt)]
+        row_prompts = [prompt_ids[i] for i in indices for _ in range(per_prompt)]
+        responses = [ids for group in groups for ids in group]
+        texts = [decode_response(tokenizer, ids) for ids in responses]
+        # The tests label rollouts for the log alone, PPO never sees them; they run while the models train.
+        tests = background.submit(run_tests, row_problems, texts, cfg.workers, cfg.timeout)
+        batch = make_batch(row_prompts, responses, tokenizer.pad_token_id)  # n * N rows
+        mask = batch["response_mask"]
+        clock.append(time.time())
+
+        # ---- score: RM rewards, normalised by their mean and standard deviation over responses of the SFT policy
+        rm_scores = score_responses(reward_model, [p + r for p, r in zip(row_prompts, responses)], tokenizer.pad_token_id,
+                                    cfg.score_batch_size)
+        rm_scores = (rm_scores - reward_model.config.reward_mean) / reward_model.config.reward_std  # (n * N,)
+        truncated = torch.tensor([ids[-1] != tokenizer.eos_token_id for ids in responses])
+        scores = rm_scores - cfg.truncation_penalty * truncated
+
+        # ---- filter: within each prompt, on the scores without KL
+        prompt_scores = scores.view(n, per_prompt)
+        rows, columns = select_responses(prompt_scores, cfg.strategy, cpu_generator, cfg.top, cfg.bottom)
+        kept = rows * per_prompt + columns  # row numbers of the kept responses
+        every = torch.arange(n * per_prompt)
+        critic_rows = every if cfg.critic_rows == "all" else kept
+        # Only rows that somebody trains on pass through policy, reference and critic: that is what the filter saves.
+        used = every if cfg.whiten_before_filter or cfg.critic_rows == "all" else kept
+        clock.append(time.time())
+
+        # ---- KL and GAE. Old logprobs come from the training forward pass, not from the sampler: the first ratio is 1.
+        measured = every[::per_prompt]  # KL and entropy are logged over one response a prompt: kept ones are a biased sample
+        forward = torch.cat([used, measured]).unique()
+        batch["old_logprobs"] = forward_rows(lambda mb: logprobs_of(policy, mb), batch, forward, cfg.score_batch_size, device)
+        ref_logprobs = forward_rows(lambda mb: logprobs_of(reference, mb), batch, forward, cfg.score_batch_size, device)
+        if cfg.advantage == "gae":
+            batch["old_values"] = forward_rows(values_of, batch, used, cfg.score_batch_size, device)
+            rewards = token_rewards(scores, batch["old_logprobs"], ref_logprobs, mask, kl_coef)
+            advantages, batch["returns"] = gae(rewards, batch["old_values"], mask, cfg.gamma, cfg.lam)
+        else:  # the score against those of the same prompt, and the KL penalty of this token and of all that follow
+            penalty = token_rewards(torch.zeros_like(scores), batch["old_logprobs"], ref_logprobs, mask, kl_coef)
+            group = group_advantages(prompt_scores, cfg.advantage).view(-1, 1)
+            advantages = (group + penalty.flip(1).cumsum(1).flip(1)) * mask
+        # Filter first: whitened over all rows and filtered after, BoN would have almost only positive advantages.
+        whitened_over = every if cfg.whiten_before_filter else kept
+        whitened = whiten(advantages[whitened_over], mask[whitened_over])
+        batch["advantages"] = torch.zeros_like(advantages).index_copy(0, whitened_over, whitened)
+        if cfg.strategy.startswith("pow_"):
+            weights = filter_weights(prompt_scores, cfg.strategy).flatten() * per_prompt  # mean 1
+            batch["advantages"] *= weights[:, None]
+        clock.append(time.time())
+
+        # ---- PPO epochs
+        kl = (batch["old_logprobs"] - ref_logprobs)[measured]
+        if iteration == 1:  # a wrong mask, position or temperature shows here, before it costs a run
+            with torch.no_grad():
+                _, first = policy_loss_of(take_rows(batch, kept[:cfg.micro_batch_size], device))
+            if abs(first["ratio"] - 1) > 1e-2 or kl.abs().max() > 1e-2:
+                fail(f"before the first update the ratio is {first['ratio']:.4f} (must be 1) and the largest log-ratio to "
+                     f"the reference {kl.abs().max():.4f} (must be 0): policy and reference are not the same model")
+        policy_statistics, critic_statistics, problem = {}, {}, None
+        try:
+            for _ in range(cfg.epochs):
+                if cfg.advantage == "gae":
+                    critic_statistics = train_epoch(models["critic"], optimizers["critic"], value_loss_of, batch,
+                                                    critic_rows, cfg, cpu_generator, device)
+                if cfg.advantage != "gae" or iteration > cfg.critic_warmup:
+                    policy_statistics = train_epoch(policy, optimizers["policy"], policy_loss_of, batch, kept, cfg,
+                                                    cpu_generator, device)
+        except FloatingPointError as error:
+            problem = error
+        clock.append(time.time())
+
+        # ---- log
+        results = tests.result()
+        clock.append(time.time())
+        passed = torch.tensor([float(result.passed) for result in results])
+        kept_set = set(kept.tolist())
+        write_jsonl(out / "rollouts" / f"{iteration:04d}.jsonl", [
+            {"task_id": row_problems[k]["task_id"], "prompt": row_problems[k]["prompt"], "response": texts[k],
+             "rm_score": scores[k].item(), "actual_score": passed[k].item(), "passed_tests": results[k].passed_tests,
+             "total_tests": results[k].total_tests, "status": results[k].status, "truncated": truncated[k].item(),
+             "policy": f"{out}/{iteration:04d}", "kept": k in kept_set} for k in range(len(texts))])
+        if problem:
+            fail(f"iteration {iteration}: {problem}; its rollouts are in {out}/rollouts. Lower --lr or --critic_lr, or raise "
+                 "--kl_coef")
+        line = {"iteration": iteration, "rm_score": rm_scores.mean().item(), "pass_rate": passed.mean().item(),
+                "pass_rate_kept": passed[kept].mean().item(), "kept": len(kept), "seen": len(texts),
+                "kl_per_token": masked_mean(kl, mask[measured]).item(), "kl_per_response": kl.sum(1).mean().item(),
+                "kl_coef": kl_coef, "entropy": -masked_mean(batch["old_logprobs"][measured], mask[measured]).item(),
+                "truncated": truncated.float().mean().item(), "length": mask.sum(1).float().mean().item()}
+        line.update({f"policy_{name}": value for name, value in policy_statistics.items()})
+        line.update({f"critic_{name}": value for name, value in critic_statistics.items()})
+        if cfg.advantage == "gae":
+            line["explained_variance"] = explained_variance(batch["old_values"][kept], batch["returns"][kept],
+                                                            mask[kept]).item()
+        if cfg.kl_control == "adaptive":
+            kl_coef = adapt_kl_coef(kl_coef, line["kl_per_response"], cfg.kl_target, len(texts), cfg.kl_horizon)
+        if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:
+            line["validation_pass_at_1"] = pass_at_1()
+            if line["validation_pass_at_1"] > best:
+                best = line["validation_pass_at_1"]
+                save_model(policy, tokenizer, out / "best")
+        clock.append(time.time())
+        names = ("generate", "score", "forward", "train", "tests", "validate")
+        line.update({f"seconds_{name}": round(b - a, 2) for name, a, b in zip(names, clock, clock[1:])})
+        metrics.append(line)
+        print(f"iteration {iteration:3d}  reward {line['rm_score']:+.2f}  pass rate {line['pass_rate']:.2f}  "
+              f"KL {line['kl_per_response']:.2f}  kept {line['kept']}/{line['seen']}  "
+              + (f"validation {line['validation_pass_at_1']:.3f}  " if "validation_pass_at_1" in line else "")
+              + f"{time.time() - started:.0f} s", flush=True)
+
+        # ---- save: state.pt is replaced last, so that a kill at any moment repeats this iteration and no more
+        write_jsonl(out / "metrics.jsonl", metrics)
+        if cfg.save_every and iteration % cfg.save_every == 0:
+            save_model(policy, tokenizer, out / f"iteration_{iteration}")
+        torch.save({"config": dataclasses.asdict(settings), "metrics": metrics, "kl_coef": kl_coef, "best": best,
+                    "models": {name: model.state_dict() for name, model in models.items()},
+                    "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}},
+                   f"{state_path}.tmp")
+        os.replace(f"{state_path}.tmp", state_path)
+
+    save_model(policy, tokenizer, out / "last")
+    plot_curves(metrics, out / "curves.png", f"PF-PPO, strategy {cfg.strategy}, seed {cfg.seed}")
+    save_config(settings, out)
+    print(f"saved {out}: best validation pass@1 {best:.3f}; stage 04_pf_ppo ({cfg.strategy}) took "
+          f"{time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, __doc__))

@@ -1,0 +1,430 @@
+"""Stage 5, evaluation: pass@1 of the greedy response and pass@k of sampled ones, for several checkpoints side by side.
+
+pass@k is the chance that at least one of k responses passes all tests. From n >= k samples of which c pass, the unbiased
+estimate is 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1); the plain 1 - (1 - c/n)^k is biased. Intervals are
+95% bootstrap intervals over problems, since responses to one problem are not independent.
+
+Reads   data/tiny/test.jsonl (or any other problems), checkpoints
+Writes  out/eval/results.json, table.txt
+        out/eval/samples.jsonl   every response with its verdict; the greedy one has "greedy": true. Read some!
+
+Run     python 05_eval.py --policies out/sft out/ppo_none/best out/ppo_bw/best
+        python 05_eval.py --policies canonical --problems data/humaneval/test.jsonl --out out/eval_canonical
+        (`canonical` takes the solution of each problem for the response: it should give 1.000)
+
+Simplified against the paper (Table 2: greedy pass@1 on HumanEval, MBPP and LeetCode): the default is the tiny test set.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import time
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicLayer
+
+import sandbox
+
+PROBLEM_FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "entry_point": (str, type(None)), "tests": list}
+
+
+@dataclass
+class Config:
+    policies: list[str] = field(default_factory=lambda: ["out/sft"])  # checkpoints, or 'canonical' for the solutions
+    problems: list[str] = field(default_factory=lambda: ["data/tiny/test.jsonl"])  # benchmarks, JSONL
+    out: str = "out/eval"  # folder for results and samples
+    samples: int = 10  # n, sampled responses a problem; 0: greedy only, as in the paper
+    ks: list[int] = field(default_factory=lambda: [1, 5, 10])  # the k of pass@k; none may exceed --samples
+    temperature: float = 1.0  # of the sampled responses; the PPO rollouts have the same
+    max_new_tokens: int = 96  # longest response, tokens; paper: 2048
+    generate_batch_size: int = 640  # responses generated at once
+    timeout: float = 1.0  # CPU seconds a program may take over its tests; HumanEval and MBPP: 3, LeetCode: 10
+    workers: int = 0  # sandbox processes, 0 = one a core
+    threads: int = 0  # PyTorch CPU threads, 0 = PyTorch's choice
+    seed: int = 0  # random seed: sampling, bootstrap
+
+
+# -------------------------------------------------------------------------------------------------------------- estimates
+
+
+def pass_at_k(n, c, k):
+    """Unbiased estimate of pass@k from n samples of which c pass: 1 - C(n - c, k) / C(n, k). ValueError when n < k."""
+    if n < k:
+        raise ValueError(f"pass@{k} needs at least {k} samples, there are {n}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def bootstrap_interval(values, rng, resamples=10_000):
+    """95% percentile interval of the mean of per-problem values, (P,): problems are drawn with replacement."""
+    values = np.asarray(values, dtype=float)
+    # Drawing counts is drawing problems, in a matrix of (resamples, P) small integers.
+    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
+    low, high = np.quantile(counts @ values / len(values), [0.025, 0.975])
+    return float(low), float(high)
+
+
+# ---------------------------------------------------------------- shared helpers (same name, same code in every file)
+
+
+def fail(message):
+    """Bad input: one line that says what to do, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_config(config_class, description):
+    """Read the command line into a `config_class`: every field is a flag, its comment the flag's help."""
+    source = inspect.getsource(config_class)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    for setting in dataclasses.fields(config_class):
+        comment = re.search(rf"^    {setting.name}: [^#]*  # (.*)$", source, re.MULTILINE)
+        options = {"default": getattr(config_class(), setting.name), "help": comment[1].replace("%", "%%")}
+        if setting.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(setting.type) is typing.Literal:
+            options["choices"] = typing.get_args(setting.type)
+        elif typing.get_origin(setting.type) is list:
+            options.update(nargs="+", type=typing.get_args(setting.type)[0])
+        else:
+            options["type"] = setting.type
+        parser.add_argument(f"--{setting.name}", **options)
+    return config_class(**vars(parser.parse_args()))
+
+
+def read_jsonl(path, fields):
+    """Read records from a JSONL file.
+
+    Args:
+        fields: {name: type or tuple of types}; a record without one of them, or with another type, is an error
+            that names file, line and field (exit code 2), as are a missing and an empty file.
+    """
+    if not Path(path).is_file():
+        fail(f"{path} does not exist; run the stage that writes it first (README, the table of stages)")
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                fail(f"{path}, line {number}: not JSON ({error}); repair or delete the line")
+            if not isinstance(record, dict):
+                fail(f"{path}, line {number}: not a JSON object; repair or delete the line")
+            for name, types in fields.items():
+                if not isinstance(record.get(name), types):
+                    fail(f"{path}, line {number}: field '{name}' is missing or has the wrong type")
+            records.append(record)
+    if not records:
+        fail(f"{path} is empty; write at least one record to it")
+    return records
+
+
+def write_jsonl(path, records):
+    """Write records to a JSONL file, whole or not at all: a temporary file takes its place when it is complete."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def finished(cfg, directory):
+    """True if `directory` holds this stage's output, made with the same settings; made with others, an error.
+
+    `stage_config.json` is the last file that a stage writes, so it marks the output as complete.
+    """
+    path = Path(directory) / "stage_config.json"
+    if not path.is_file():
+        if Path(directory).exists():
+            fail(f"{directory} exists but holds no finished run; delete it or choose another --out")
+        return False
+    old, new = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(cfg)
+    changed = [f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in new if old.get(name) != new[name]]
+    if changed:
+        fail(f"{directory} holds a run with other settings ({'; '.join(changed)}); delete it or choose another --out")
+    print(f"{directory} is finished; delete it to run this stage again")
+    return True
+
+
+def save_config(cfg, directory):
+    """Save the resolved settings next to the output, as the mark that it is complete."""
+    path = Path(directory) / "stage_config.json"
+    path.with_suffix(".tmp").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def set_up(threads):
+    """Where to compute: the GPU where there is one, else the CPU with `threads` threads (0: PyTorch's choice)."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device):
+    """bf16 matrix products on a GPU, with float32 master weights: at lr 5e-7 an update to a bf16 weight rounds away."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()  # on most CPUs bf16 is slower than float32
+
+
+def load_tokenizer(path):
+    """A tokenizer with a pad token that is not EOS: else a mask made from ids would hide the EOS that we train."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"no tokenizer at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    if tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
+    return tokenizer
+
+
+def load_model(model_class, path, device, **options):
+    """A float32 model with every dropout at 0: rollout and update must see the same policy, or ratios start off 1."""
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        config.classifier_dropout = 0.0  # the token classification head would otherwise take 0.1
+        for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        fail(f"no model at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    return model.to(device)
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt up to the first response token: chat template for an instruction-tuned model, else plain.
+
+    BOS comes from one place only, the template or the tokenizer. A tokenizer that appends EOS is not heeded: the
+    response is yet to come.
+    """
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer(prompt).input_ids
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+class PreallocatedLayer(DynamicLayer):
+    """The keys and values of one layer, in buffers made once for `capacity` tokens.
+
+    The default cache of transformers grows by concatenation: it copies itself at every token, which for a small
+    model is most of the time.
+    """
+
+    def __init__(self, capacity):
+        super().__init__()
+        self.capacity = capacity
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            heads, width = key_states.shape[1], key_states.shape[3]
+            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width) for s in (key_states, value_states)]
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        end = self.get_seq_length()
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size):
+    """Sample responses; faster than `model.generate` by a preallocated cache, prompts sorted by length and computed
+    once for all their responses, and finished rows dropped from the batch.
+
+    Args:
+        prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
+        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
+    Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
+    """
+    device, eos = model.device, tokenizer.eos_token_id
+    responses = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    prompts_per_batch = max(1, batch_size // responses_per_prompt)
+    for first in range(0, len(order), prompts_per_batch):
+        batch = order[first:first + prompts_per_batch]
+        width = len(prompts[batch[-1]])
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)  # (P, width), padded left
+        mask = torch.zeros(len(batch), width + max_new_tokens, dtype=torch.long)
+        for row, i in enumerate(batch):
+            ids[row, width - len(prompts[i]):] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]):] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = Cache(layers=[PreallocatedLayer(mask.shape[1]) for _ in range(model.config.num_hidden_layers)])
+        logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions[:, :width],
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        rows = torch.arange(len(batch), device=device).repeat_interleave(responses_per_prompt)
+        tokens = torch.full((len(rows), max_new_tokens), eos, device=device)
+        active = torch.arange(len(rows), device=device)  # the rows of `tokens` that are still in the batch
+        going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones that have not met EOS
+        cache.batch_select_indices(rows)
+        logits, mask, positions = logits[rows], mask[rows], positions[rows]
+        for t in range(max_new_tokens):
+            if temperature > 0:  # dividing by exponential noise and taking the largest draws from the distribution
+                chances = torch.softmax(logits.float() / temperature, -1)
+                chosen = (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(-1)
+            else:
+                chosen = logits.argmax(-1)
+            tokens[active, t] = chosen
+            going = going & (chosen != eos)
+            count = int(going.sum())
+            if count == 0 or t + 1 == max_new_tokens:
+                break
+            if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
+                keep = going.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                active, going, chosen = active[keep], going[keep], chosen[keep]
+                mask, positions = mask[keep], positions[keep]
+            logits = model(input_ids=chosen[:, None], attention_mask=mask[:, :width + t + 1], past_key_values=cache,
+                           position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
+        tokens = tokens.tolist()
+        for row, i in enumerate(batch):
+            responses[i] = [cut_at_eos(r, eos) for r in tokens[row * responses_per_prompt:][:responses_per_prompt]]
+    return responses
+
+
+def cut_at_eos(ids, eos):
+    """Token ids up to and including the first EOS; all of them where there is none (a truncated response)."""
+    return ids[:ids.index(eos) + 1] if eos in ids else ids
+
+
+def decode_response(tokenizer, ids):
+    """The text of a response without its EOS."""
+    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def run_tests(problems, responses, workers, timeout):
+    """Run responses against the tests of their problems, identical programs once -> list of sandbox.Result."""
+    programs = [sandbox.program(problem, response) for problem, response in zip(problems, responses)]
+    jobs, index = [], {}
+    for problem, code in zip(problems, programs):
+        if index.setdefault((problem["task_id"], code), len(jobs)) == len(jobs):
+            jobs.append({"code": code, "tests": problem["tests"], "setup": problem["setup"],
+                         "entry_point": problem["entry_point"], "timeout": timeout})
+    results = sandbox.run_many(jobs, workers=workers or None)
+    return [results[index[problem["task_id"], code]] for problem, code in zip(problems, programs)]
+
+
+def check_lengths(problems, prompt_ids, max_new_tokens, model_config):
+    """A prompt that leaves no room for a response in the model's context is an error, named before work begins."""
+    context = getattr(model_config, "max_position_embeddings", None) or math.inf
+    longest = max(range(len(problems)), key=lambda i: len(prompt_ids[i]))
+    if len(prompt_ids[longest]) + max_new_tokens > context:
+        fail(f"the prompt of {problems[longest]['task_id']} has {len(prompt_ids[longest])} tokens, and with "
+             f"--max_new_tokens {max_new_tokens} exceeds the model's context of {context}; lower the flag or drop the problem")
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(cfg):
+    started = time.time()
+    out = Path(cfg.out)
+    if finished(cfg, out):
+        print((out / "table.txt").read_text(encoding="utf-8"))
+        return
+    if cfg.samples and max(cfg.ks) > cfg.samples:
+        fail(f"pass@{max(cfg.ks)} needs at least {max(cfg.ks)} samples; raise --samples ({cfg.samples}) or lower --ks")
+    benchmarks = {path: read_jsonl(path, PROBLEM_FIELDS) for path in cfg.problems}
+    device = set_up(cfg.threads)
+    results, records = [], []
+    for path in cfg.policies:
+        if path != "canonical":
+            tokenizer = load_tokenizer(path)
+            policy = load_model(AutoModelForCausalLM, path, device).eval()
+        for benchmark, problems in benchmarks.items():
+            rng = np.random.default_rng(cfg.seed)  # the same resampled problems for every policy
+
+            # ---- responses: for each problem the greedy one, then the sampled ones
+            if path == "canonical":
+                missing = [problem["task_id"] for problem in problems if not problem.get("solution")]
+                if missing:
+                    fail(f"{benchmark}: {len(missing)} problems have no solution ({missing[0]} ...); leave out 'canonical'")
+                groups = [[(problem["solution"], False)] for problem in problems]
+            else:
+                prompt_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
+                check_lengths(problems, prompt_ids, cfg.max_new_tokens, policy.config)
+                generator = torch.Generator(device).manual_seed(cfg.seed)
+                with autocast(device):
+                    greedy = generate(policy, tokenizer, prompt_ids, 1, cfg.max_new_tokens, 0.0, None, cfg.generate_batch_size)
+                    sampled = generate(policy, tokenizer, prompt_ids, cfg.samples, cfg.max_new_tokens, cfg.temperature,
+                                       generator, cfg.generate_batch_size) if cfg.samples else [[] for _ in problems]
+                groups = [[(decode_response(tokenizer, ids), ids[-1] != tokenizer.eos_token_id) for ids in first + others]
+                          for first, others in zip(greedy, sampled)]
+
+            # ---- run the tests
+            flat = [(problem, text) for problem, group in zip(problems, groups) for text, _ in group]
+            verdicts = run_tests(*zip(*flat), cfg.workers, cfg.timeout)
+            size = len(groups[0])
+            passed = np.array([verdict.passed for verdict in verdicts]).reshape(len(problems), size)
+            records += [{"task_id": problem["task_id"], "prompt": problem["prompt"], "response": text, "rm_score": None,
+                         "actual_score": float(verdict.passed), "passed_tests": verdict.passed_tests,
+                         "total_tests": verdict.total_tests, "status": verdict.status,
+                         "truncated": groups[k // size][k % size][1], "policy": path, "greedy": k % size == 0}
+                        for k, ((problem, text), verdict) in enumerate(zip(flat, verdicts))]
+
+            # ---- estimates, each with its interval over problems
+            row = {"policy": path, "benchmark": benchmark, "problems": len(problems)}
+            columns = {"greedy pass@1": passed[:, 0].astype(float)}
+            if size > 1:
+                columns.update({f"pass@{k}": np.array([pass_at_k(size - 1, int(c), k) for c in passed[:, 1:].sum(1)])
+                                for k in cfg.ks})
+            for name, values in columns.items():
+                low, high = bootstrap_interval(values, rng)
+                row[name] = {"mean": float(values.mean()), "low": low, "high": high}
+            results.append(row)
+            print(f"{path} on {benchmark}: greedy pass@1 {row['greedy pass@1']['mean']:.3f}, "
+                  f"{time.time() - started:.0f} s", flush=True)
+
+    # ---- the table
+    names = ["greedy pass@1"] + ([f"pass@{k}" for k in cfg.ks] if cfg.samples else [])
+    width = max(len(row["policy"]) for row in results) + 2
+    lines = []
+    for benchmark, problems in benchmarks.items():
+        lines.append(f"{benchmark}, {len(problems)} problems, {cfg.samples} samples at temperature {cfg.temperature}; "
+                     "95% intervals")
+        lines.append("policy".ljust(width) + "".join(f"{name:>24}" for name in names))
+        for row in (row for row in results if row["benchmark"] == benchmark):
+            cells = [f"{row[n]['mean']:.3f} [{row[n]['low']:.3f}, {row[n]['high']:.3f}]" if n in row else "-" for n in names]
+            lines.append(row["policy"].ljust(width) + "".join(f"{cell:>24}" for cell in cells))
+        lines.append("")
+    print("\n" + "\n".join(lines))
+
+    # ---- save
+    out.mkdir(parents=True)
+    write_jsonl(out / "samples.jsonl", records)
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (out / "table.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    save_config(cfg, out)
+    print(f"saved {out}; stage 05_eval took {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, __doc__))
