@@ -403,6 +403,7 @@ MIN_USABLE = 30    # of them, those on which every step of a problem is defined 
 MIN_OUTCOMES = 4   # different results over the pool, at least; fewer would reward a constant
 MAX_NUMBER = 999   # largest absolute value of a number in a computation
 MAX_LENGTH = 40    # longest list or text in a computation
+MAX_PROGRAM = 160  # characters of a solution, about 70 tokens; the longest response sets the time of a rollout
 MAX_REDRAWS = 20   # of flaws that cancel each other (two reversals) before the problem is given up
 SAME_LENGTH = 200  # problems rejected in a row before another length is drawn: long ones are rejected more often
 MAX_DRAWS = 2000   # problems rejected in a row before we conclude that there are no more
@@ -599,12 +600,11 @@ def tiny_problem(cfg, task_id, chain, prompt, pool, rates, rng):
     Args:
         rates: {kind: probability that the solution gets the step wrong}; None for a correct solution.
     """
+    takes, kinds, flaws = chain[0].takes, [step.kind for step in chain], [None] * len(chain)
     found = choose_tests(chain, pool, rng)
     if found is None:
         return None
     chosen, others, mutations = found
-    takes, kinds = chain[0].takes, [step.kind for step in chain]
-    flaws = [None] * len(chain)
     lines = write_solution(chain, mutations, flaws, None)
     if rates:
         for _ in range(MAX_REDRAWS):
@@ -618,11 +618,13 @@ def tiny_problem(cfg, task_id, chain, prompt, pool, rates, rng):
             return None
         if telling and telling[0] in others:
             chosen.append(telling[0])
+    solution = program(takes, [(step.gives, expression) for step, expression in lines])
+    if len(solution) > MAX_PROGRAM:
+        return None
     record = {
         "task_id": task_id, "prompt": prompt, "prefix": f"def solve({VARIABLE[takes]}):\n", "setup": "",
         "entry_point": "solve", "tests": [f"assert solve({values[0]!r}) == {values[-1]!r}" for values in chosen],
-        "solution": program(takes, [(step.gives, expression) for step, expression in lines]), "source": "tiny",
-        "steps": kinds,
+        "solution": solution, "source": "tiny", "steps": kinds,
     }
     if rates:
         record["flaw"] = [{"step": number, "kind": kind, "flaw": flaw}

@@ -75,7 +75,7 @@ def test_splits_have_their_sizes_and_fields(tiny):
             assert problem["task_id"] == f"tiny/{split}/{number}"
             assert problem["prompt"].endswith('."""\n' + problem["prefix"])
             assert len(problem["tests"]) >= 6 and len(set(problem["tests"])) == len(problem["tests"])
-            assert 1 <= len(problem["steps"]) <= 5
+            assert 1 <= len(problem["steps"]) <= 5 and len(problem["solution"]) <= stage.MAX_PROGRAM
             assert ("flaw" in problem) == (split == "sft")
 
 
