@@ -13,9 +13,9 @@ The verdict is a reward, and a policy trained on it searches it for holes.  So t
 
 `passed` is T's word after the last test has run and held.  What U says is data: it can be wrong, never a verdict.
 """
-import ast, atexit, builtins, itertools, json, operator, os, re, resource, select, signal, socket, struct, sys, time
-from dataclasses import dataclass
+import atexit, builtins, itertools, json, operator, os, re, resource, select, signal, socket, struct, sys, time
 from functools import lru_cache
+from typing import NamedTuple
 
 MAX_FRAME = 32 << 20     # bytes of one message from the candidate; a larger reply is an error
 MAX_DEPTH = 200          # nesting of one value
@@ -24,8 +24,7 @@ MAX_OUTPUT = 16 << 20    # bytes after which the program is stopped with status 
 JUDGE_MB = 1024          # address space of T: values from U can make honest tests explode
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     status: str          # passed, failed, error, timeout, memory, output, syntax
     passed: bool
     passed_tests: int
@@ -220,6 +219,7 @@ def candidate(sock, flush=sys.stdout.flush, send=socket.socket.sendall):
         def answer(careful):
             other = keep(n)
             out = [pack(value, other, careful)]
+            if ATOMS.issuperset(map(type, real[1:])) and not named: return out
             now = [[pack(a, other, careful) for a in real], {k: pack(v, other, careful) for k, v in named.items()}]
             return out if now == [args, kwargs] else out + now      # what it changed in place changes in T too
         reply(n, "v", answer)
@@ -493,6 +493,7 @@ def receive_job(control):
 
 def serve_candidates(control, box):
     import gc
+    exec(compile("1", "solution.py", "exec"))         # the first compile makes the classes of the syntax tree: 1 ms in each child
     gc.disable(), gc.freeze()                         # a child that collects would copy every page
     null, (out, out_w), poll = os.open("/dev/null", os.O_RDWR), os.pipe(), select.poll()
     os.set_blocking(out, False)
@@ -559,7 +560,20 @@ class Remote:
     """T's end of one U: sends requests, most of them ahead of time, and takes the replies."""
     def __init__(self, sock, plan):
         self.sock, self.link, self.plan, self.gone, self.proxies = sock, Link(sock), plan, False, {}
-        self.ahead, self.number = list(plan.ahead)[::-1], 0
+        self.number = self.sent = 0                    # requests made by the tests; requests sent, some of them ahead
+
+    def send_ahead(self, first=b""):
+        """Sends the next foreseen requests in one go; not more than a socket holds while U is not reading."""
+        parts, size = [first], 0
+        while self.sent < len(self.plan.ahead) and size < 1 << 16:
+            parts.append(self.plan.ahead[self.sent])
+            size += len(parts[-1])
+            self.sent += 1
+        self.send(b"".join(parts))
+
+    def send(self, data):
+        try: self.sock.sendall(data)
+        except OSError: self.gone = True; raise Gone from None
 
     def proxy(self, key):
         if type(key) is not str: raise ValueError("bad handle")
@@ -574,16 +588,17 @@ class Remote:
 
     def ask(self, op, *args, **kwargs):
         if self.gone: raise Gone
-        self.number += 1
-        frame = request(self.number, op, args, kwargs)
-        if self.ahead and self.ahead[-1] == frame: self.ahead.pop()
+        number, ahead = self.number + 1, self.plan.ahead
+        data = request(number, op, args, kwargs)
+        if number <= len(ahead) and ahead[number - 1] == data:
+            if number > self.sent: self.send_ahead()
         else:
-            if self.ahead:                            # the tests took another way: skip what was asked ahead
-                self.number += len(self.ahead)
-                self.ahead = []
-                frame = request(self.number, op, args, kwargs)
-            try: self.sock.sendall(frame)
-            except OSError: self.gone = True; raise Gone from None
+            if number <= self.sent:                    # the tests took another way than foreseen: pass over what was sent
+                number = self.sent + 1
+                data = request(number, op, args, kwargs)
+            self.plan, self.sent = self.plan._replace(ahead=()), number
+            self.send(data)
+        self.number = number
         reply = self.receive(self.number)
         if reply[1] == "x": raise remote_error(reply)
         try:
@@ -676,8 +691,7 @@ PLAIN_MODULES = set("""math cmath re sys random string itertools functools colle
     heapq bisect statistics time json typing numbers array struct hashlib calendar numpy textwrap types enum dataclasses""".split())
 
 
-@dataclass
-class Plan:
+class Plan(NamedTuple):
     """What one list of tests needs, found from its text alone and kept for the next candidate."""
     setup: object
     tests: list
@@ -691,6 +705,7 @@ class Plan:
 
 @lru_cache(maxsize=256)
 def plan(setup, tests, entry_point):
+    import ast
     try: trees = [ast.parse(setup)] + [ast.parse(t) for t in tests]
     except Exception as error: return Plan(None, [], [], {}, set(), [], "", f"the tests do not compile: {error}")
     nodes = [n for t in trees for n in ast.walk(t)]
@@ -706,24 +721,82 @@ def plan(setup, tests, entry_point):
     names -= set(modules)
     called = {n.func for n in nodes if isinstance(n, ast.Call)}
     methods = {n.attr for n in called if isinstance(n, ast.Attribute)} - {n.attr for n in nodes if isinstance(n, ast.Attribute) and n not in called}
-    why = ""
+    why, derived = "", names | {a.arg for n in nodes if isinstance(n, ast.FunctionDef) for a in n.args.args}
+    words = lambda node: {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    while more := {w for n in nodes if isinstance(n, (ast.Assign, ast.For)) and derived & words(n.value if isinstance(n, ast.Assign) else n.iter)
+                   for t in (n.targets if isinstance(n, ast.Assign) else [n.target]) for w in words(t)} - derived: derived |= more
     for n in nodes:
         word = n.id if isinstance(n, ast.Name) else n.attr if isinstance(n, ast.Attribute) else ""
         if word in UNSPLIT and word != entry_point: why = word
         elif isinstance(n, (ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith)): why = "async"
         elif isinstance(n, (ast.Import, ast.ImportFrom)) and UNSPLIT & {p for a in n.names for p in [*a.name.split("."), getattr(n, "module", "") or ""]}: why = "import"
-        elif isinstance(n, ast.ExceptHandler) and n.type and names & {m.id for m in ast.walk(n.type) if isinstance(m, ast.Name)}: why = "except"
-        elif isinstance(n, ast.ClassDef) and names & {m.id for b in n.bases for m in ast.walk(b) if isinstance(m, ast.Name)}: why = "class"
-        elif isinstance(n, (ast.With)) and names & {m.id for i in n.items for m in ast.walk(i.context_expr) if isinstance(m, ast.Name)}: why = "with"
-        elif isinstance(n, ast.Call) and (isinstance(n.func, ast.Attribute) or isinstance(n.func, ast.Name) and (n.func.id in names or n.func.id == "candidate")):
+        elif isinstance(n, ast.ExceptHandler) and n.type and names & words(n.type): why = "it catches an exception of the candidate"
+        elif isinstance(n, ast.ClassDef) and any(names & words(b) for b in n.bases): why = "it derives from a class of the candidate"
+        elif isinstance(n, ast.With) and any(names & words(i.context_expr) for i in n.items): why = "it enters a context of the candidate"
+        elif isinstance(n, ast.Call) and derived & words(n.func):
             for a in [*n.args, *(k.value for k in n.keywords)]:
-                if isinstance(a, (ast.Lambda, ast.GeneratorExp)) or isinstance(a, ast.Name) and a.id in functions and a.id not in names: why = "a function is passed"
+                if isinstance(a, (ast.Lambda, ast.GeneratorExp)) or isinstance(a, ast.Name) and a.id in functions: why = "it passes a function to the candidate"
     check = next((i for i, t in enumerate(trees[1:]) for n in t.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None)
     if check is not None and entry_point and not any(isinstance(f, ast.Name) and f.id == "check" for f in called):
         trees[1 + check].body += ast.parse(f"check({entry_point})").body       # a bare `def check(candidate)` tests nothing
     try: codes = [compile(t, "tests.py", "exec") for t in trees]
     except Exception as error: return Plan(None, [], [], {}, set(), [], "", f"the tests do not compile: {error}")
-    return Plan(codes[0], codes[1:], sorted(names), modules, methods, [], why and f"the tests cannot be split: {why}", "")
+    return Plan(codes[0], codes[1:], sorted(names), modules, methods, [] if why else foresee(trees, names, derived, methods), why and f"the tests cannot be split: {why}", "")
+
+
+def foresee(trees, names, derived, methods):
+    """The requests that straight-line tests make whatever the replies are: asserts of one form go to U as one batch."""
+    import ast
+    known, frames, checks, Unknown = {n: Proxy(None, "g:" + n) for n in names}, [], {}, object()
+    touches = lambda node: any(isinstance(n, ast.Name) and n.id in derived for n in ast.walk(node))
+    objects = any(isinstance(n, ast.Attribute) and touches(n.value) for t in trees for n in ast.walk(t))   # results are objects: `len(x)` is a request too
+
+    def value(node):                                   # raises LookupError where a request might be made that is not foreseen
+        if isinstance(node, ast.Name) and node.id in known: return known[node.id]
+        if not touches(node):
+            try: return ast.literal_eval(node)
+            except ValueError: return Unknown
+        if isinstance(node, ast.Compare) and len(node.ops) == 1: sides = [value(node.left), value(node.comparators[0])]
+        elif isinstance(node, ast.BinOp): sides = [value(node.left), value(node.right)]
+        elif isinstance(node, ast.UnaryOp): sides = [value(node.operand)]
+        elif isinstance(node, ast.Call): return call(node)
+        else: raise LookupError
+        if objects and sum(type(s) is Proxy for s in sides) > (not isinstance(node, ast.UnaryOp)): raise LookupError
+        return Unknown
+
+    def call(node):
+        method = isinstance(node.func, ast.Attribute) and node.func.attr in methods
+        target = value(node.func.value if method else node.func) if method or isinstance(node.func, ast.Name) else Unknown
+        args = [value(a) for a in node.args]
+        kwargs = {}
+        for k in node.keywords: kwargs.update({k.arg: value(k.value)} if k.arg else value(k.value))
+        if type(target) is not Proxy:
+            if touches(node.func) or objects and any(type(a) is Proxy for a in args): raise LookupError
+            return Unknown                             # a builtin on plain data
+        if any(a is Unknown or type(a) is Proxy for a in [*args, *kwargs.values()]): raise LookupError
+        number = len(frames) + 1
+        frames.append(request(number, "method" if method else "call", (target, node.func.attr, *args) if method else (target, *args), kwargs))
+        for a in node.args + [k.value for k in node.keywords]:
+            if isinstance(a, ast.Name): known[a.id] = Unknown                   # it may have been changed in place
+        return Proxy(None, str(number))
+
+    def walk(body):
+        for n in body:
+            if isinstance(n, ast.Assert): value(n.test)
+            elif isinstance(n, ast.Assign) and len(n.targets) == 1 and isinstance(n.targets[0], ast.Name): known[n.targets[0].id] = value(n.value)
+            elif isinstance(n, ast.FunctionDef) and not n.decorator_list: checks[n.name] = n
+            elif isinstance(n, ast.Expr) and isinstance(n.value, ast.Call):
+                call_, f = n.value, n.value.func
+                if isinstance(f, ast.Name) and f.id in checks and len(call_.args) == len(checks[f.id].args.args) == 1 and not call_.keywords:
+                    known[checks[f.id].args.args[0].arg] = value(call_.args[0])
+                    walk(checks[f.id].body)
+                else: value(call_)
+            elif not isinstance(n, (ast.Import, ast.ImportFrom, ast.Pass)) and not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)): raise LookupError
+
+    try:
+        for tree in trees: walk(tree.body)
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError): pass
+    return frames
 
 
 def judge(job, sock):
@@ -750,7 +823,7 @@ def judge(job, sock):
     else:
         remote = Remote(sock, p)
         try:
-            sock.sendall(to_bytes(lambda careful: [0, "code", pack({"code": job["code"], "names": p.names}, None, careful)]) + b"".join(p.ahead))
+            remote.send_ahead(to_bytes(lambda careful: [0, "code", pack({"code": job["code"], "names": p.names}, None, careful)]))
             reply = remote.receive(0)
             if reply[1] != "v":
                 text = str(unpack(reply[3], None)) if len(reply) > 3 else "?"
@@ -943,6 +1016,7 @@ def serve(role, fd, mode, site):
 @lru_cache(maxsize=4096)
 def complete_part(prefix):
     """The longest run of leading lines that parses by itself: imports and helpers stay, an open `def f(x):` goes."""
+    import ast
     lines = prefix.splitlines(keepends=True)
     for end in range(len(lines), 0, -1):
         try: ast.parse("".join(lines[:end]))
