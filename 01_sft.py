@@ -44,7 +44,7 @@ class Config:
     data: str = "data/tiny/sft.jsonl"  # problems with a solution, JSONL
     out: str = "out/sft"  # folder for the fine-tuned model
     model: str = "scratch"  # 'scratch' builds the tiny model, else a Hugging Face name or folder; paper: deepseek-coder-6.7b
-    epochs: float = 5.5  # passes over the training examples; paper: 5
+    epochs: float = 5.0  # passes over the training examples; paper: 5
     batch_size: int = 64  # examples per optimiser step; not given in the paper
     micro_batch_size: int = 64  # examples per forward pass; smaller needs less memory and changes nothing else
     lr: float = 2e-3  # peak learning rate of AdamW; paper: 1e-5 (a pretrained model)
@@ -54,7 +54,7 @@ class Config:
     max_length: int = 512  # tokens of prompt and response; longer examples are left out, and counted
     validation_share: float = 0.05  # share of the examples held out for the validation loss
     log_every: int = 50  # optimiser steps between two lines of the log
-    vocab_size: int = 640  # scratch only: tokens of the byte-level BPE tokenizer, at least 258
+    vocab_size: int = 1024  # scratch only: tokens of the byte-level BPE tokenizer at most, at least 258
     hidden_size: int = 128  # scratch only: width of the model
     layers: int = 4  # scratch only: number of transformer blocks
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time

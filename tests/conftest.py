@@ -1,0 +1,108 @@
+"""Shared by all tests: the numbered scripts as modules, small random models, and one small run of the whole pipeline."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+def load_script(name):
+    """A numbered script as a module, by path: its name is no identifier. In sys.modules first: dataclasses look there."""
+    module_name = "script_" + name.removesuffix(".py")
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, ROOT / name)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[module_name]
+
+
+def run_script(name, *flags, cwd, check=True, timeout=240):
+    """A script as the reader types it, in another folder; the output is shown when it fails."""
+    command = [sys.executable, str(ROOT / name), *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment)
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def sft():
+    return load_script("01_sft.py")
+
+
+@pytest.fixture(scope="session")
+def rm():
+    return load_script("02_reward_model.py")
+
+
+@pytest.fixture(scope="session")
+def r2():
+    return load_script("03_r2_analysis.py")
+
+
+@pytest.fixture(scope="session")
+def ppo():
+    return load_script("04_pf_ppo.py")
+
+
+@pytest.fixture(scope="session")
+def evaluation():
+    return load_script("05_eval.py")
+
+
+# One-step problems with few flaws: a model of 0.15M parameters solves half of them after a quarter of a minute.
+DATA_FLAGS = ("--lengths", 1, 1, "--sft", 1500, "--rm", 80, "--ppo", 40, "--validation", 24, "--test", 24,
+              "--hard_share", 0.3)
+SFT_FLAGS = ("--hidden_size", 64, "--layers", 2, "--epochs", 6, "--batch_size", 32, "--lr", 4e-3, "--threads", 1)
+PPO_FLAGS = ("--iterations", 4, "--prompts_per_iteration", 8, "--minibatch_size", 8, "--eval_every", 2, "--threads", 1,
+             "--critic_warmup", 1)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory):
+    """A folder in which all stages have run once, as subprocesses with the default paths: {stage: its output}."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    outputs = {"folder": folder}
+    for name, flags in (("00_data.py", DATA_FLAGS), ("01_sft.py", SFT_FLAGS),
+                        ("02_reward_model.py", ("--epochs", 2, "--threads", 1)),
+                        ("03_r2_analysis.py", ("--repeats", 2, "--responses_per_prompt", 5, "--bins", 5, "--threads", 1)),
+                        ("04_pf_ppo.py", ("--strategy", "bw", *PPO_FLAGS)),
+                        ("05_eval.py", ("--policies", "out/sft", "out/ppo_bw/last", "canonical", "--samples", 4, "--ks", 1, 4,
+                                        "--threads", 1))):
+        outputs[name] = run_script(name, *flags, cwd=folder).stdout
+    return outputs
+
+
+def tiny_config(kind):
+    """Configs of three architectures with random small shapes; GPT-2 has absolute positions, so left padding shows."""
+    from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+    if kind == "gpt2":
+        return GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=1,
+                          pad_token_id=0)
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind]
+    return config(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                  intermediate_size=64, max_position_embeddings=64, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+
+
+@pytest.fixture(params=["llama", "qwen2", "gpt2"])
+def model_folder(request, tmp_path):
+    """A saved random causal LM of each architecture, large weights so that its outputs differ clearly."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(request.param))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
