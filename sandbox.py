@@ -17,7 +17,7 @@ import atexit, builtins, itertools, json, operator, os, re, resource, select, si
 from functools import lru_cache
 from typing import NamedTuple
 
-MAX_FRAME = 32 << 20     # bytes of one message from the candidate; a larger reply is an error
+MAX_FRAME = 16 << 20     # bytes of one message from the candidate; a larger reply is an error
 MAX_DEPTH = 200          # nesting of one value
 KEEP_OUTPUT = 64 << 10   # bytes of stdout and stderr kept for Result.stdout; the rest is cut
 MAX_OUTPUT = 16 << 20    # bytes after which the program is stopped with status `output`
@@ -510,7 +510,7 @@ def serve_candidates(control, box):
                 gc.enable()
                 candidate(sock)
                 sys.stdout.flush()
-            except EOFError: pass
+            except (EOFError, OSError): pass          # T has hung up
             except BaseException:
                 sys.excepthook(*sys.exc_info())
                 os._exit(70)
@@ -564,9 +564,9 @@ class Remote:
 
     def send_ahead(self, first=b""):
         """Sends the next foreseen requests in one go; not more than a socket holds while U is not reading."""
-        parts, size = [first], 0
-        while self.sent < len(self.plan.ahead) and size < 1 << 16:
-            parts.append(self.plan.ahead[self.sent])
+        parts, size, ahead = [first], 0, self.plan.ahead
+        while self.sent < len(ahead) and (len(parts) == 1 and not first or size + len(ahead[self.sent]) < 1 << 16):
+            parts.append(ahead[self.sent])
             size += len(parts[-1])
             self.sent += 1
         self.send(b"".join(parts))
@@ -616,8 +616,10 @@ def remote_error(reply):
     for name in names:
         kind = getattr(builtins, name, None) if type(name) is str else None
         if isinstance(kind, type) and issubclass(kind, Exception):
-            try: return kind(str(text))
-            except TypeError: pass                    # UnicodeDecodeError and its like want more arguments
+            try: error = kind(str(text))
+            except TypeError: continue                # UnicodeDecodeError and its like want more arguments
+            error.remote = str(text)
+            return error
     return RuntimeError(str(text))
 
 
@@ -695,6 +697,7 @@ class Plan(NamedTuple):
     """What one list of tests needs, found from its text alone and kept for the next candidate."""
     setup: object
     tests: list
+    sources: tuple       # the tests' text
     names: list          # names that only the candidate can give
     modules: dict        # names that T imports itself
     methods: set         # attributes that the tests only ever call: one message, not two
@@ -707,7 +710,7 @@ class Plan(NamedTuple):
 def plan(setup, tests, entry_point):
     import ast
     try: trees = [ast.parse(setup)] + [ast.parse(t) for t in tests]
-    except Exception as error: return Plan(None, [], [], {}, set(), [], "", f"the tests do not compile: {error}")
+    except Exception as error: return Plan(None, [], (), [], {}, set(), [], "", f"the tests do not compile: {error}")
     nodes = [n for t in trees for n in ast.walk(t)]
     bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
     functions = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
@@ -717,9 +720,10 @@ def plan(setup, tests, entry_point):
     loads = {n.id for n in nodes if isinstance(n, ast.Name)} - bound
     if entry_point: loads.add(entry_point)
     names = {n for n in loads if n == entry_point or not hasattr(builtins, n)}
-    modules = {n: "numpy" if n == "np" else n for n in names if n != entry_point and (n in PLAIN_MODULES or n == "np")}
-    names -= set(modules)
     called = {n.func for n in nodes if isinstance(n, ast.Call)}
+    names_called = {f.id for f in called if isinstance(f, ast.Name)} | {entry_point}
+    modules = {n: "numpy" if n == "np" else n for n in names - names_called if n in PLAIN_MODULES or n == "np"}
+    names -= set(modules)
     methods = {n.attr for n in called if isinstance(n, ast.Attribute)} - {n.attr for n in nodes if isinstance(n, ast.Attribute) and n not in called}
     why, derived = "", names | {a.arg for n in nodes if isinstance(n, ast.FunctionDef) for a in n.args.args}
     words = lambda node: {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
@@ -738,10 +742,11 @@ def plan(setup, tests, entry_point):
                 if isinstance(a, (ast.Lambda, ast.GeneratorExp)) or isinstance(a, ast.Name) and a.id in functions: why = "it passes a function to the candidate"
     check = next((i for i, t in enumerate(trees[1:]) for n in t.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None)
     if check is not None and entry_point and not any(isinstance(f, ast.Name) and f.id == "check" for f in called):
-        trees[1 + check].body += ast.parse(f"check({entry_point})").body       # a bare `def check(candidate)` tests nothing
+        tests = tests[:check] + (tests[check] + f"\n\ncheck({entry_point})\n",) + tests[check + 1:]       # a bare `def check(candidate)` tests nothing
+        trees[1 + check] = ast.parse(tests[check])
     try: codes = [compile(t, "tests.py", "exec") for t in trees]
-    except Exception as error: return Plan(None, [], [], {}, set(), [], "", f"the tests do not compile: {error}")
-    return Plan(codes[0], codes[1:], sorted(names), modules, methods, [] if why else foresee(trees, names, derived, methods), why and f"the tests cannot be split: {why}", "")
+    except Exception as error: return Plan(None, [], (), [], {}, set(), [], "", f"the tests do not compile: {error}")
+    return Plan(codes[0], codes[1:], tests, sorted(names), modules, methods, [] if why else foresee(trees, names, derived, methods), why and f"the tests cannot be split: {why}", "")
 
 
 def foresee(trees, names, derived, methods):
@@ -799,57 +804,67 @@ def foresee(trees, names, derived, methods):
     return frames
 
 
+def one_line(error):
+    """The error for the reader; the candidate's own text where it comes from there."""
+    try: return (getattr(error, "remote", "") or f"{type(error).__name__}: {error}")[:1000]
+    except Exception: return type(error).__name__
+
+
 def judge(job, sock):
-    """One job: the verdict, as far as T can know it."""
-    tests, trust = tuple(job["tests"]), job["trust"]
-    p = plan(job["setup"], tests, job["entry_point"])
-    report = {"passed_tests": 0, "total_tests": len(tests), "status": "error", "error": p.bad, "trust": "split", "gone": False}
-    if p.bad or trust == "split" and p.why: return report | {"error": p.bad or p.why}
-    failed = []                                                        # (status, error) of each test that did not hold
-    if trust == "in_process" or p.why:
-        report["trust"], token, link, done = "in_process", os.urandom(16).hex(), Link(sock), False
-        try:
-            sources = list(tests)
-            if p.tests and job["entry_point"] and "check" in job["setup"] + "".join(tests): pass
-            sock.sendall(to_bytes(lambda careful: [0, "tests", pack({"code": job["code"], "setup": job["setup"], "tests": sources, "token": token}, None, careful)]))
+    """One job: what T can say of it.  `gone` means that U ended before the tests did; Z knows why."""
+    p = plan(job["setup"], tuple(job["tests"]), job["entry_point"])
+    trust = "in_process" if job["trust"] == "in_process" or p.why and job["trust"] == "auto" else "split"
+    report = {"status": "error", "passed_tests": 0, "error": "", "trust": trust, "gone": False, "retire": False}
+    if p.bad or not p.tests or trust == "split" and p.why: return report | {"error": p.bad or p.why or "there are no tests"}
+    failed = []                                        # (status, error) of what did not hold
+
+    def start_failed(reply):                           # the candidate's code did not run to its end
+        names, text = reply[2:] if len(reply) == 4 else ((), "?")
+        return report | {"status": "syntax" if reply[1] == "syntax" else "memory" if "MemoryError" in names else "error", "error": str(unpack(text, None))}
+
+    try:
+        if trust == "in_process":
+            token, link, done = os.urandom(16).hex(), Link(sock), False
+            sock.sendall(to_bytes(lambda careful: [0, "tests", pack({"code": job["code"], "setup": job["setup"], "tests": list(p.sources), "token": token}, None, careful)]))
             while not done:
                 reply = link.receive()
-                if reply[1] == "test":
-                    if reply[2] == "passed": report["passed_tests"] += 1
-                    else: failed.append((str(reply[2]), str(unpack(reply[3], None))))
-                elif reply[1] == "done": done = reply[2] == token
-                else: return report | {"status": "syntax" if reply[1] == "syntax" else "memory" if "MemoryError" in reply[2] else "error", "error": str(unpack(reply[3], None)), "passed_tests": 0}
-        except Exception: report["gone"] = True
-    else:
-        remote = Remote(sock, p)
-        try:
+                if reply[1] == "done": done = reply[2] == token
+                elif reply[1] != "test": return start_failed(reply)
+                elif reply[2] == "passed": report["passed_tests"] += 1
+                else: failed.append((str(reply[2]), str(unpack(reply[3], None))))
+        else:
+            remote = Remote(sock, p)
             remote.send_ahead(to_bytes(lambda careful: [0, "code", pack({"code": job["code"], "names": p.names}, None, careful)]))
             reply = remote.receive(0)
-            if reply[1] != "v":
-                text = str(unpack(reply[3], None)) if len(reply) > 3 else "?"
-                return report | {"status": "syntax" if reply[1] == "syntax" else "memory" if "MemoryError" in reply[2] else "error", "error": text}
-            env = {"__name__": "tests", "__builtins__": dict(vars(builtins))}
+            if reply[1] != "v": return start_failed(reply)
+            known = dict(vars(builtins))
+            known.pop(job["entry_point"], None)        # a missing `sum` of the candidate is not ours
+            env = {"__name__": "tests", "__builtins__": known}
             for name, module in p.modules.items():
                 try: env[name] = __import__(module)
                 except ImportError: pass
-            for name, value in (reply[2] if type(reply[2]) is dict else {}).items():
-                if name not in p.names: continue
+            for name in p.names:
+                if name not in reply[2]: continue
+                value = reply[2][name]
                 try: env[name] = __import__(value["module"]) if type(value) is dict and value.get("module") in PLAIN_MODULES else unpack(value, remote.proxy)
                 except Exception: pass
-            if "random" in sys.modules: sys.modules["random"].seed(0)         # labels must be reproducible
+            if "random" in sys.modules: sys.modules["random"].seed(0)          # the same program gets the same label
             exec(p.setup, env)
             for test in p.tests:
                 try:
                     exec(test, env)
-                    if remote.gone: raise Gone                                # the tests' own `except:` hid it
+                    if remote.gone: raise Gone         # an `except:` in the test hid it
                     report["passed_tests"] += 1
-                except AssertionError as error: failed.append(("failed", f"AssertionError: {error}"))
-                except MemoryError as error: failed.append(("memory", "MemoryError"))
-                except Exception as error: failed.append(("error", f"{type(error).__name__}: {error}"))
-        except (Gone, OSError): report["gone"] = True
-        except BaseException as error: failed.append(("error", f"{type(error).__name__}: {error}"))
-    if report["passed_tests"] == len(tests) and not failed and not report["gone"]: return report | {"status": "passed"}
-    return report | ({"status": failed[0][0], "error": failed[0][1][:1000]} if failed else {"error": "" if report["gone"] else "no test ran to its end"})
+                except AssertionError as error: failed.append(("failed", one_line(error)))
+                except MemoryError as error:
+                    failed.append(("memory", one_line(error)))
+                    report["retire"] |= not hasattr(error, "remote")
+                except Exception as error: failed.append(("error", one_line(error)))
+    except (Gone, EOFError, OSError): report["gone"] = True
+    except MemoryError: return report | {"status": "memory", "error": "the tests ran out of memory on the candidate's values", "retire": True}
+    except BaseException as error: failed.append(("error", one_line(error)))
+    if report["passed_tests"] == len(p.tests) and not failed and not report["gone"]: return report | {"status": "passed"}
+    return report | dict(zip(("status", "error"), failed[0] if failed else ("error", "")))
 
 
 def serve_tests(control, site):
@@ -861,7 +876,8 @@ def serve_tests(control, site):
     while got := receive_job(control):
         job, sock = got
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + job["timeout"]) + 3, resource.RLIM_INFINITY))
-        report = judge(job, sock)
+        try: report = judge(job, sock)
+        except Exception as error: report = {"status": "error", "passed_tests": 0, "error": one_line(error), "trust": "split", "gone": False, "retire": True}
         sock.close()
         control.sendall(to_bytes(lambda careful: pack(report, None, careful)))
 
@@ -896,9 +912,15 @@ class Worker:
         theirs.close()
         self.helpers[role] = process, ours
 
-    def submit(self, job):
+    def submit(self, job, isolation="auto"):
         for role in ("Z", "T"):
             if role not in self.helpers: self.start(role)
+        if MISSING is None: look_for_holes(self)
+        if MISSING and isolation == "strict": raise Unsafe("not enforced on this machine: " + ", ".join(MISSING))
+        self.hand_over(job)
+
+    def hand_over(self, job):
+        """Sends T the job and Z the limits, with the two ends of a fresh socketpair."""
         self.job, self.reports, (a, b) = job, {}, socket.socketpair()
         with a, b:
             for role, end in (("Z", b), ("T", a)):
@@ -910,9 +932,17 @@ class Worker:
         self.deadline = time.monotonic() + 4 * job["timeout"] + 20
 
     def collect(self, role):
+        """Takes a helper's report; returns the Result when both are there."""
         reply = Link(self.helpers[role][1]).receive()
-        self.reports[role] = unpack(reply, None) if role == "T" else dict(zip(("reason", "status", "seconds", "stdout"), reply))
-        return merge(self.reports["T"], self.reports["Z"]) if len(self.reports) == 2 else None
+        self.reports[role] = unpack(reply, None) if role == "T" else reply
+        if len(self.reports) < 2: return None
+        t, (reason, ended, seconds, stdout) = self.reports["T"], self.reports["Z"]
+        if t["retire"]: self.drop("T")
+        status, error = t["status"], t["error"]
+        if t["gone"]:
+            status = reason if reason in ("timeout", "output") else "error"
+            error = f"{reason} limit" if status != "error" else f"ended by signal {os.WTERMSIG(ended)}" if os.WIFSIGNALED(ended) else f"ended with exit code {os.WEXITSTATUS(ended)} before its tests were done"
+        return Result(status, status == "passed", t["passed_tests"], len(self.job["tests"]), seconds, stdout, error, t["trust"])
 
     def drop(self, role):
         """Ends a helper; returns its exit status."""
@@ -922,15 +952,58 @@ class Worker:
         return process.wait()
 
 
-def merge(t, z):
-    """The Result of a job from T's word and the way in which U ended."""
-    status, error = t["status"], t["error"]
-    if t["gone"]:
-        how = z["status"]
-        status = z["reason"] if z["reason"] in ("timeout", "output") else "error"
-        error = {"timeout": "time limit", "output": "output limit"}.get(status) or (
-            f"ended by signal {os.WTERMSIG(how)}" if os.WIFSIGNALED(how) else f"ended with exit code {os.WEXITSTATUS(how)} before its tests were done")
-    return Result(status, status == "passed", t["passed_tests"], t["total_tests"], z["seconds"], z["stdout"], error, t["trust"])
+class Unsafe(RuntimeError):
+    """Isolation "strict" was asked for, and a layer is missing."""
+
+
+MISSING = None           # what the kernel does not keep a candidate from, found out once by trying
+HOLES = '''
+import ctypes, os, socket
+def holes(outside, port, caller, size):
+    found, fork = [], os.fork
+    def attempt(name, action):
+        try:
+            if action() is not False: found.append(name)
+        except (OSError, MemoryError): pass
+    attempt("reading files outside", lambda: open(outside + "/secret").close())
+    attempt("writing files outside", lambda: open(outside + "/new", "w").close())
+    attempt("network", lambda: socket.create_connection(("127.0.0.1", port), 1))
+    attempt("signals to other processes", lambda: os.kill(caller, 0))
+    attempt("root's rights", lambda: os.getuid() == 0)
+    attempt("memory", lambda: bytearray(size))
+    attempt("new namespaces", lambda: ctypes.CDLL(None).unshare(0x10000000) == 0)
+    def crowd():
+        for _ in range(300):
+            if fork() == 0: os._exit(0)
+    attempt("number of processes", crowd)
+    def stray():
+        pid = fork()
+        if pid == 0:
+            try: os.setsid()
+            except OSError: os._exit(1)
+            os._exit(0)
+        return os.waitpid(pid, 0)[1] == 0
+    if os.getpid() > 1000 or os.getppid() > 1000: attempt("processes that leave their group", stray)      # without a pid namespace
+    return found
+'''
+
+
+def look_for_holes(worker):
+    """Lets a candidate try to break each wall, and says once what stood open."""
+    global MISSING
+    import tempfile
+    with tempfile.TemporaryDirectory() as outside, socket.create_server(("127.0.0.1", 0)) as listener:
+        os.chmod(outside, 0o777)
+        with open(outside + "/secret", "w") as file: os.chmod(file.fileno(), 0o666)
+        job = DEFAULTS | dict(code=HOLES, entry_point="holes", timeout=10.0,
+                                           tests=[f"raise ValueError(','.join(holes({outside!r}, {listener.getsockname()[1]}, {os.getpid()}, {1 << 30})))"])
+        worker.hand_over(job)
+        result = worker.collect("Z") or worker.collect("T")
+        found = result.error.removeprefix("ValueError: ")
+        if not result.error.startswith("ValueError: "): found = f"anything, since the trial failed ({result.error})"
+        if os.path.exists(outside + "/new") and "writing" not in found: found += ",writing files outside"
+    MISSING = [f for f in found.split(",") if f]
+    if MISSING: print("sandbox: not enforced on this machine: " + ", ".join(MISSING) + f" (layers: {worker.layers})", file=sys.stderr)
 
 
 IDLE, OWNER, MODE = [], [0], 0
@@ -946,59 +1019,68 @@ def close():
 atexit.register(close)
 
 
-def run_many(jobs, workers=None, on_result=None):
+DEFAULTS = dict(setup="", entry_point=None, timeout=3.0, memory_mb=512, trust="auto")
+
+
+def run_many(jobs, workers=None, on_result=None, isolation="auto"):
     """Results of the jobs (dicts of run's arguments) in their order, from `workers` pairs of helpers at a time."""
-    jobs = [dict(setup="", entry_point=None, timeout=3.0, memory_mb=512, trust="auto") | j for j in jobs]
     if OWNER[0] != os.getpid(): OWNER[0] = os.getpid(); IDLE.clear()           # after a fork the helpers are the parent's
-    results, tries, todo, busy = [None] * len(jobs), [0] * len(jobs), list(range(len(jobs)))[::-1], {}
-    free = [IDLE.pop() if IDLE else Worker() for _ in range(min(len(jobs), workers or os.cpu_count() or 1))]
-    poll = select.poll()
+    results, tries, todo, busy = [None] * len(jobs), {}, iter(range(len(jobs))), {}
+    again, free, poll = [], [IDLE.pop() if IDLE else Worker() for _ in range(min(len(jobs), workers or os.cpu_count() or 1))], select.poll()
+
+    def release(worker):                               # no more news is awaited from it
+        for _, sock in worker.helpers.values():
+            if busy.pop(sock.fileno(), None): poll.unregister(sock)
+
+    def stop(worker):
+        release(worker)
+        return {role: worker.drop(role) for role in list(worker.helpers)}
+
+    def finish(worker, result):
+        results[worker.index] = result
+        free.append(worker)
+        tries.pop(worker.index, None)
+        if on_result: on_result(worker.index, result)
+
+    def lost(worker, late):                            # a helper died: once more, unless it was the job's doing
+        codes, i = stop(worker), worker.index
+        tries[i] = tries.get(i, 0) + 1
+        if late or codes.get("T") == -signal.SIGXCPU or tries[i] > 2:
+            status = "error" if tries[i] > 2 and not late else "timeout"
+            finish(worker, Result(status, False, 0, len(jobs[i]["tests"]), 0.0, "", "the tests ran too long on the candidate's values" if status == "timeout" else "the helpers died three times", "split"))
+        else: again.append(i), free.append(worker)
+
     try:
-        while todo or busy:
-            while todo and free:
-                worker, i = free.pop(), todo.pop()
+        while True:
+            while free and (i := again.pop() if again else next(todo, None)) is not None:
+                worker = free.pop()
                 worker.index = i
-                try: worker.submit(jobs[i])
-                except OSError:
-                    for role in list(worker.helpers): worker.drop(role)
-                    todo.append(i)
-                    free.append(worker)
-                    continue
+                try: worker.submit(DEFAULTS | jobs[i], isolation)
+                except (OSError, EOFError): lost(worker, False); continue
                 for role, (_, sock) in worker.helpers.items():
                     busy[sock.fileno()] = worker, role
                     poll.register(sock, select.POLLIN)
+            if not busy: break
             for fd, _ in poll.poll(1000):
                 if fd not in busy: continue
                 worker, role = busy.pop(fd)
                 poll.unregister(fd)
                 try: result = worker.collect(role)
-                except EOFError:
-                    for r in list(worker.helpers):
-                        f = worker.helpers[r][1].fileno()
-                        if busy.pop(f, None): poll.unregister(f)
-                    codes = {r: worker.drop(r) for r in list(worker.helpers)}
-                    tries[worker.index] += 1
-                    result = None
-                    if codes.get("T") == -signal.SIGXCPU or tries[worker.index] > 2:
-                        result = Result("timeout" if codes.get("T") == -signal.SIGXCPU else "error", False, 0, len(jobs[worker.index]["tests"]), 0.0, "", "the tests ran too long on the candidate's values" if codes.get("T") == -signal.SIGXCPU else "helpers died", "split")
-                    else:
-                        todo.append(worker.index)
-                        free.append(worker)
-                        continue
-                if result:
-                    results[worker.index] = result
-                    if on_result: on_result(worker.index, result)
-                    free.append(worker)
+                except (EOFError, OSError): lost(worker, False)
+                else:
+                    if result: finish(worker, result)
+            for worker in {id(w): w for w, _ in busy.values()}.values():
+                if time.monotonic() > worker.deadline: lost(worker, True)
     finally:
-        for worker, _ in busy.values():
-            for role in list(worker.helpers): worker.drop(role)
+        for worker, _ in list(busy.values()): stop(worker)
         IDLE.extend(w for w in free if w.helpers)
     return results
 
 
-def run(code, tests, *, setup="", entry_point=None, timeout=3.0, memory_mb=512, trust="auto"):
-    """Runs one program against its tests."""
-    return run_many([dict(code=code, tests=tests, setup=setup, entry_point=entry_point, timeout=timeout, memory_mb=memory_mb, trust=trust)], workers=1)[0]
+def run(code, tests, *, setup="", entry_point=None, timeout=3.0, memory_mb=512, trust="auto", isolation="auto"):
+    """Runs one program against its tests; each test is a string of statements, and all have to hold."""
+    job = dict(code=code, tests=tests, setup=setup, entry_point=entry_point, timeout=timeout, memory_mb=memory_mb, trust=trust)
+    return run_many([job], 1, isolation=isolation)[0]
 
 
 def serve(role, fd, mode, site):
@@ -1006,7 +1088,8 @@ def serve(role, fd, mode, site):
     control = socket.socket(fileno=fd)
     import collections, copy, ctypes, functools, heapq, math, string, typing
     if role == "T": return serve_tests(control, site)
-    box = Box(mode, site, control)
+    try: box = Box(mode, site, control)
+    except OSError as error: sys.exit(f"sandbox: no {mode}: {error}" if mode == MODES[-1] else 3)       # the caller tries the next mode
     control.sendall(frame(box.layers))
     serve_candidates(control, box)
 
