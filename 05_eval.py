@@ -183,8 +183,16 @@ def autocast(device):
     return contextlib.nullcontext()  # on most CPUs bf16 is slower than float32
 
 
+def check_model_path(path):
+    """A missing folder is an error at once; taken for a name on the hub it would cost a minute without a network."""
+    local = Path(path).is_absolute() or Path(path).parts[0] in ("out", ".", "..")
+    if local and not Path(path).is_dir():
+        fail(f"no model at {path}; run the stage that writes it first (README, the table of stages)")
+
+
 def load_tokenizer(path):
     """A tokenizer with a pad token that is not EOS: else a mask made from ids would hide the EOS that we train."""
+    check_model_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -198,6 +206,7 @@ def load_tokenizer(path):
 
 def load_model(model_class, path, device, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy, or ratios start off 1."""
+    check_model_path(path)
     try:
         config = AutoConfig.from_pretrained(path, **options)
         config.classifier_dropout = 0.0  # the token classification head would otherwise take 0.1
