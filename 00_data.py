@@ -1,35 +1,39 @@
-"""Stage 0: problems in one format, from the built-in generator or from a public data set.
+r"""Stage 0: problems in one format, from the built-in generator or from a public data set.
 
-Writes  data/<dataset>/{sft,rm,ppo,validation,test}.jsonl (the splits that the data set has) and stage_config.json.
 Reads   nothing, a data set of the Hugging Face hub, or a local copy of its records (`--file`).
+Writes  data/<dataset>/{sft,rm,ppo,validation,test}.jsonl, those splits that the data set has, and stage_config.json.
 
-One line of data/tiny/sft.jsonl, spread out:
+A line of data/tiny/sft.jsonl, spread out:
 
-    {"task_id": "tiny/sft/2",
-     "prompt": "\"\"\"keep the numbers above 3, then reverse the list, then add up the numbers.\"\"\"\ndef solve(xs):\n",
-     "prefix": "def solve(xs):\n",                                       code before the response
-     "setup": "",                                                        code that runs after it, before the tests
+    {"task_id": "tiny/sft/100",
+     "prompt": "\"\"\"decrease it by 2, then list the numbers that divide it.\"\"\"\ndef solve(n):\n",
+     "prefix": "def solve(n):\n",
+     "setup": "",
      "entry_point": "solve",
-     "tests": ["assert solve([]) == 0", "assert solve([4, 3, 5]) == 9", ...],
-     "solution": "    xs = [x for x in xs if x >= 3]\n    xs = xs[::-1]\n    return sum(xs)\n",
+     "tests": ["assert solve(0) == []", "assert solve(95) == [1, 3, 31, 93]", "assert solve(29) == [1, 3, 9, 27]",
+               "assert solve(103) == [1, 101]", "assert solve(7) == [1, 5]", "assert solve(36) == [1, 2, 17, 34]"],
+     "solution": "    n = n - 2\n    return [d for d in range(1, n) if n % d == 0]\n",
      "source": "tiny",
-     "steps": ["keep_above", "reverse", "total"],
-     "flaw": [{"step": 1, "kind": "keep_above", "flaw": "loosened comparison"}]}
+     "steps": ["minus", "divisors"],
+     "flaw": [{"step": 2, "kind": "divisors", "flaw": "off by one"}]}
 
-`prefix + solution` is the program. Only the tiny set has `steps`, and only its sft.jsonl has `flaw`.
+`prefix + solution` is the program; `setup` runs after it and before the tests. Only the tiny set has `steps`, and only
+its sft.jsonl has `flaw` (null for a correct solution).
 
-The tiny set stands in for the paper's setting (arXiv 2409.06957, section 4: code generation scored by unit tests) on a
-laptop. A problem chains one to five steps on a list, a string or a number. Its SFT solutions are flawed as scraped
-code is: a step is wrong with a probability that depends on its kind. Clean solutions would leave nothing to learn, since
-a small model then either solves everything or fails by miscopied digits, which no reward model can see. Here sampling
-gives right and wrong programs for the same prompt, kinds that are mostly wrong in the data are wrong under greedy
-decoding too, and a reward model can learn which is which. The other splits have correct solutions, for reading and for
-testing the sandbox; no stage trains on them.
+The tiny set stands in for the paper's setting (arXiv 2409.06957, section 4: code, scored by unit tests) on a laptop. A
+problem chains one to five steps on a list, a text or a number. Its SFT solutions are flawed as scraped code is: a step
+is wrong with a probability that depends on its kind. Clean solutions would leave nothing to learn, since a small model
+then either solves everything or fails by miscopied digits, which no reward model sees. Here sampling gives right and
+wrong programs for the same prompt; kinds that are mostly wrong in the data are wrong under greedy decoding too; and a
+reward model can learn which is which. The other splits have correct solutions, for reading and for testing the
+sandbox: no stage trains on them.
 
-Run: `python 00_data.py` (tiny set, 10 s on one core), `python 00_data.py --dataset humaneval --file HumanEval.jsonl.gz`.
+Run     python 00_data.py                                       tiny set: 10 s on one core, 40 MB
+        python 00_data.py --dataset humaneval                   from the hub
+        python 00_data.py --dataset mbpp --file mbpp.jsonl.gz   from a local copy, plain or gzipped
 
-Simplified against the paper: its 7k reward and 3k PPO prompts are collected ones, ours come from the generator or, with
---dataset mbpp, from the two halves of MBPP's training split.
+Simplified against the paper: it collects 7k prompts for the reward model and 3k for PPO, ours are generated or, with
+--dataset mbpp, the halves of MBPP's training split; a held-out problem has two steps or more.
 """
 
 import argparse
@@ -51,6 +55,7 @@ import zlib
 from pathlib import Path
 
 DATASETS = ("tiny", "humaneval", "mbpp", "mbpp_sanitized", "leetcode", "magicoder", "evol")
+SPLITS = ("sft", "rm", "ppo", "validation", "test")
 
 
 def shares(*numbers):
@@ -92,18 +97,18 @@ def parse_config(config_class, description):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    for field in dataclasses.fields(config_class):
-        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)
-        options = {"default": getattr(config_class(), field.name), "help": comment and comment[1].replace("%", "%%")}
-        if field.type is bool:
+    for setting in dataclasses.fields(config_class):
+        comment = re.search(rf"^    {setting.name}: [^#]*  # (.*)$", source, re.MULTILINE)
+        options = {"default": getattr(config_class(), setting.name), "help": comment[1].replace("%", "%%")}
+        if setting.type is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(field.type) is typing.Literal:
-            options["choices"] = typing.get_args(field.type)
-        elif typing.get_origin(field.type) is list:
-            options.update(nargs="+", type=typing.get_args(field.type)[0])
+        elif typing.get_origin(setting.type) is typing.Literal:
+            options["choices"] = typing.get_args(setting.type)
+        elif typing.get_origin(setting.type) is list:
+            options.update(nargs="+", type=typing.get_args(setting.type)[0])
         else:
-            options["type"] = field.type
-        parser.add_argument(f"--{field.name}", **options)
+            options["type"] = setting.type
+        parser.add_argument(f"--{setting.name}", **options)
     return config_class(**vars(parser.parse_args()))
 
 
@@ -159,8 +164,8 @@ class Step:
 
 VARIABLE = {"list": "xs", "text": "s", "number": "n"}  # the argument of solve(), by type of value
 
-# A kind has one constant, if any. With four constants for each, more than half of the lines of a model of 0.9M parameters
-# had a wrong digit after 500 steps: an error that no reward model sees and that hides all others.
+# A kind has one constant, if any. With four constants for each, a model of 0.9M parameters got the digit wrong in more
+# than half of such lines after 500 steps: an error that no reward model sees and that hides all others.
 STEPS = [
     # list -> list
     Step("keep_above", "list", "list",
@@ -455,7 +460,8 @@ def flaw_rates(cfg):
 def input_pool(seed):
     """Inputs for the tests by type: edge cases first, then random values."""
     rng = random.Random(f"pool {seed}")  # a string seed does not depend on PYTHONHASHSEED
-    words = "a I to an cat Dog red Blue apple Orange tree stone Egg over UNDER zebra kiwi x2 7up b12 no. hey! it's".split()
+    words = ("a I to an cat Dog red Blue apple Orange tree stone Egg over UNDER zebra kiwi "
+             "x2 7up b12 no. hey! it's").split()
     pool = {
         "list": [[], [0], [4], [-2], [3, 3], [5, 4, 3, 2, 1], [2, 3, 4, 5], [-1, -3, -2], [2, 2, 2], [0, 5, 0, 5, -5]],
         "text": ["", "a", "Z", "I", " a b ", "12 3", "aa aa", "b a b", "two  gaps", "UP up Up"],
@@ -633,10 +639,10 @@ def tiny_problem(cfg, task_id, chain, prompt, pool, rates, rng):
 
 
 def tiny_splits(cfg):
-    """Generate {split: problems}. No prompt occurs twice, and no chain both in a training split and in a held-out one."""
+    """Generate {split: problems}: no prompt occurs twice, no chain both in a training and in a held-out split."""
     pool, rates = input_pool(cfg.seed), flaw_rates(cfg)
     splits, prompts = {}, set()
-    for split in ("sft", "rm", "ppo", "validation", "test"):
+    for split in SPLITS:
         rng = random.Random(f"{split} {cfg.seed}")
         records, size, draws = [], getattr(cfg, split), 0
         while len(records) < size:
@@ -644,7 +650,7 @@ def tiny_splits(cfg):
                 length = rng.choices(range(1, len(cfg.lengths) + 1), cfg.lengths)[0]
             draws += 1
             if draws > MAX_DRAWS:
-                fail(f"found only {len(records)} problems for --{split} {size}; ask for fewer or for longer ones (--lengths)")
+                fail(f"found only {len(records)} problems for --{split} {size}; ask for fewer, or longer (--lengths)")
             chain = draw_chain(length, rng)
             words = ", then ".join(rng.choice(step.words.split(" | ")) for step in chain)
             prompt = f'"""{words}."""\ndef solve({VARIABLE[chain[0].takes]}):\n'
@@ -679,8 +685,8 @@ FIELDS = {  # what their records must have
     "evol": {"instruction": str, "output": str},
 }
 LEETCODE_PREAMBLE = "\n".join([  # what LeetCode imports for its users; numpy, in the authors' list too, is left out
-    "import math", "import re", "import sys", "import copy", "import datetime", "import itertools", "import collections",
-    "import heapq", "import functools", "import hashlib", "import string", "import bisect",
+    "import math", "import re", "import sys", "import copy", "import datetime", "import itertools",
+    "import collections", "import heapq", "import functools", "import hashlib", "import string", "import bisect",
     "from typing import *", "from collections import *", "from functools import *", ""])
 
 
@@ -836,7 +842,7 @@ def check_config(cfg):
     """Stop with one line at settings that cannot work."""
     if cfg.file and cfg.dataset == "tiny":
         fail("--file goes with a public data set, the tiny one is generated; add --dataset humaneval, say")
-    for split in ("sft", "rm", "ppo", "validation", "test"):
+    for split in SPLITS:
         if getattr(cfg, split) < 1:
             fail(f"--{split} is {getattr(cfg, split)}: a split needs at least one problem")
     if min(cfg.lengths) < 0 or max(cfg.lengths) <= 0:
@@ -870,8 +876,8 @@ def main(cfg):
     if cfg.dataset == "tiny":
         flawed = sum(record["flaw"] is not None for record in splits["sft"])
         hard = [kind for kind, rate in flaw_rates(cfg).items() if rate > 0.5]
-        print(f"{flawed} of {len(splits['sft'])} SFT solutions are flawed; of {len(STEPS)} kinds of step these are wrong "
-              f"more often than right: {', '.join(hard)}")
+        print(f"{flawed} of {len(splits['sft'])} SFT solutions are flawed; of {len(STEPS)} kinds of step these are "
+              f"mostly wrong: {', '.join(hard)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tests of 00_data.py: the tiny set keeps its promises, public data sets parse, bad input leaves nothing behind."""
 
+import ast
 import collections
 import dataclasses
 import gzip
@@ -31,14 +32,14 @@ def load_stage(name):
 
 
 stage = load_stage("00_data.py")
-SPLITS = ("sft", "rm", "ppo", "validation", "test")
-FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "entry_point": str, "tests": list, "solution": str,
-          "source": str}
+FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "entry_point": str, "tests": list,
+          "solution": str, "source": str}
 
 
 def run_stage(*flags, **options):
     """00_data.py as the reader types it."""
-    return subprocess.run([sys.executable, ROOT / "00_data.py", *map(str, flags)], capture_output=True, text=True, **options)
+    command = [sys.executable, ROOT / "00_data.py", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def passes(problem, solution):
@@ -51,6 +52,13 @@ def passes(problem, solution):
     except Exception:
         return False
     return True
+
+
+def run_solutions(problems):
+    """The sandbox's result for the solution of each problem."""
+    return sandbox.run_many([
+        {"code": sandbox.program(problem, problem["solution"]), "tests": problem["tests"], "setup": problem["setup"],
+         "entry_point": problem["entry_point"], "timeout": 10.0} for problem in problems])
 
 
 def read(path):
@@ -69,7 +77,7 @@ def tiny():
 def test_splits_have_their_sizes_and_fields(tiny):
     assert {split: len(problems) for split, problems in tiny.items()} == {
         "sft": 3000, "rm": 150, "ppo": 150, "validation": 100, "test": 200}
-    for split in SPLITS:
+    for split in stage.SPLITS:
         for number, problem in enumerate(tiny[split]):
             assert all(isinstance(problem[name], kind) for name, kind in FIELDS.items())
             assert problem["task_id"] == f"tiny/{split}/{number}"
@@ -80,7 +88,7 @@ def test_splits_have_their_sizes_and_fields(tiny):
 
 
 def test_no_prompt_twice_and_no_chain_on_both_sides(tiny):
-    prompts = [problem["prompt"] for split in SPLITS for problem in tiny[split]]
+    prompts = [problem["prompt"] for split in stage.SPLITS for problem in tiny[split]]
     assert len(set(prompts)) == len(prompts)
     trained = {tuple(problem["steps"]) for split in ("sft", "rm", "ppo") for problem in tiny[split]}
     tested = {tuple(problem["steps"]) for split in ("validation", "test") for problem in tiny[split]}
@@ -90,15 +98,14 @@ def test_no_prompt_twice_and_no_chain_on_both_sides(tiny):
 
 def test_solutions_pass_unless_flawed(tiny):
     """Correct solutions pass; each solution with a recorded flaw fails at least one test."""
-    for split in SPLITS:
+    for split in stage.SPLITS:
         for problem in tiny[split]:
             assert passes(problem, problem["solution"]) == (not problem.get("flaw")), problem["task_id"]
 
 
 def test_sandbox_agrees(tiny):
     problems = tiny["sft"][:60] + tiny["test"][:30]
-    results = sandbox.run_many([{"code": sandbox.program(problem, problem["solution"]), "tests": problem["tests"],
-                                 "setup": problem["setup"], "entry_point": problem["entry_point"]} for problem in problems])
+    results = run_solutions(problems)
     assert [result.passed for result in results] == [not problem.get("flaw") for problem in problems]
 
 
@@ -141,7 +148,8 @@ def test_step_that_changes_nothing_is_rejected():
     """Reversing twice, and sorting what a sort follows, are no problems to learn from."""
     steps = {step.kind: step for step in stage.STEPS}
     pool = stage.input_pool(0)
-    for kinds in (["upper", "swap_case", "upper"], ["reverse", "sort_up"], ["square", "absolute"], ["double", "keep_even"]):
+    for kinds in (["upper", "swap_case", "upper"], ["reverse", "sort_up"], ["square", "absolute"],
+                  ["double", "keep_even"]):
         assert stage.choose_tests([steps[kind] for kind in kinds], pool, random.Random(0)) is None, kinds
     assert stage.choose_tests([steps["reverse"], steps["drop_head"]], pool, random.Random(0)) is not None
 
@@ -204,17 +212,18 @@ def test_flaws_name_their_step(tiny):
 def test_values_stay_small(tiny):
     for problem in tiny["sft"]:
         for test in problem["tests"]:
-            assert len(test) < 500 and not any(len(digits) > 3 for digits in "".join(
-                letter if letter.isdigit() else " " for letter in test.split("==")[-1]).split() if "'" not in test)
+            result = ast.literal_eval(test.split(" == ", 1)[1])
+            assert stage.small(result) and len(test) < 400
 
 
 def test_same_seed_same_bytes(tmp_path):
     """Also with another hash seed, as sets and dicts of strings would show."""
     sizes = ["--sft", 200, "--rm", 40, "--ppo", 40, "--validation", 20, "--test", 20]
     for name, seed, hash_seed in (("a", 3, "1"), ("b", 3, "2"), ("c", 4, "1")):
-        done = run_stage("--out", tmp_path / name, "--seed", seed, *sizes, env={**os.environ, "PYTHONHASHSEED": hash_seed})
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        done = run_stage("--out", tmp_path / name, "--seed", seed, *sizes, env=environment)
         assert done.returncode == 0, done.stderr
-    for split in SPLITS:
+    for split in stage.SPLITS:
         a, b, c = ((tmp_path / name / f"{split}.jsonl").read_bytes() for name in "abc")
         assert a == b != c
     again = run_stage("--out", tmp_path / "a", "--seed", 3, *sizes)
@@ -227,7 +236,7 @@ def test_example_in_the_docstring():
     example = json.loads(text)
     number = int(example["task_id"].split("/")[-1])
     problem = stage.tiny_splits(stage.Config(sft=number + 1, rm=1, ppo=1, validation=1, test=1))["sft"][number]
-    assert problem == example
+    assert problem == example, "the defaults changed: copy this record into the docstring of 00_data.py"
 
 
 # ---- bad input ----
@@ -255,7 +264,7 @@ def test_example_in_the_docstring():
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(flags, words, tmp_path):
     good = json.dumps({"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f",
-                       "canonical_solution": "    return 1\n", "test": "def check(candidate):\n    assert candidate() == 1\n"})
+                       "canonical_solution": "    return 1\n", "test": "def check(f):\n    assert f()\n"})
     (tmp_path / "broken.jsonl").write_text(good + "\n{\n")
     (tmp_path / "fields.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     (tmp_path / "code.jsonl").write_text(json.dumps({"task_id": 11, "text": "a", "code": "def f(:", "test_list": [],
@@ -265,7 +274,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(flags, words, tmp_path):
     (tmp_path / "plain.jsonl.gz").write_text("{}\n")
     (tmp_path / "list.json").write_text('[{"task_id": 1}]')
     before = sorted(tmp_path.rglob("*"))
-    done = run_stage(*flags, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path.parent / "hf")})
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path.parent / "hf")}
+    done = run_stage(*flags, cwd=tmp_path, env=offline)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("00_data.py: error: "), done.stderr
     assert words in done.stderr
@@ -319,12 +329,6 @@ def shared(name):
     return path
 
 
-def run_solutions(problems):
-    return sandbox.run_many([{"code": sandbox.program(problem, problem["solution"]), "tests": problem["tests"],
-                              "setup": problem["setup"], "entry_point": problem["entry_point"], "timeout": 10.0}
-                             for problem in problems])
-
-
 def test_humaneval(tmp_path):
     splits = written(tmp_path, "humaneval", shared("HumanEval.jsonl.gz"))
     assert {split: len(problems) for split, problems in splits.items()} == {"test": 164}
@@ -348,7 +352,8 @@ def test_mbpp(tmp_path):
     splits = written(tmp_path, "mbpp", shared("mbpp.jsonl.gz"))
     assert {split: len(problems) for split, problems in splits.items()} == {
         "rm": 187, "ppo": 187, "validation": 90, "test": 500}
-    numbers = {split: {int(problem["task_id"].split("/")[1]) for problem in problems} for split, problems in splits.items()}
+    numbers = {split: {int(problem["task_id"].split("/")[1]) for problem in problems}
+               for split, problems in splits.items()}
     assert numbers["test"] == set(range(11, 511)) and numbers["validation"] == set(range(511, 601))
     assert not numbers["rm"] & numbers["ppo"] and numbers["rm"] | numbers["ppo"] == set(range(601, 975))
     problems = [problem for split in splits.values() for problem in split]
@@ -361,12 +366,13 @@ def test_mbpp(tmp_path):
 
 def test_mbpp_sanitized(tmp_path):
     """The sanitized shape, made from the shapes that its authors publish: a JSON list, `prompt`, `test_imports`."""
-    records = [{"source_file": "x", "task_id": number, "prompt": "Write a function to double a number.", "test_imports": ["import math"],
-                "code": "def twice(n):\r\n  return 2 * n", "test_list": ["assert twice(2) == math.floor(4.5)"]}
-               for number in (3, 11, 511, 601, 602)]
+    records = [{"source_file": "x", "task_id": number, "prompt": "Write a function to double a number.",
+                "test_imports": ["import math"], "code": "def twice(n):\r\n  return 2 * n",
+                "test_list": ["assert twice(2) == math.floor(4.5)"]} for number in (3, 11, 511, 601, 602)]
     (tmp_path / "sanitized-mbpp.json").write_text(json.dumps(records, indent=1))
     splits = written(tmp_path, "mbpp_sanitized", tmp_path / "sanitized-mbpp.json")
-    assert {split: len(problems) for split, problems in splits.items()} == {"rm": 1, "ppo": 1, "validation": 1, "test": 1}
+    sizes = {split: len(problems) for split, problems in splits.items()}
+    assert sizes == {"rm": 1, "ppo": 1, "validation": 1, "test": 1}
     assert all(result.passed for split in splits.values() for result in run_solutions(split))
     assert splits["test"][0]["prompt"] == ("Write a function to double a number. Your code should pass these tests:\n\n"
                                            "assert twice(2) == math.floor(4.5)\n")
@@ -381,7 +387,7 @@ def test_leetcode(tmp_path):
         compile(problem["prefix"] + "pass\n", "prefix", "exec")
         compile(problem["setup"] + "\n".join(problem["tests"]), "tests", "exec")
         assert not any("test_input" in test for test in problem["tests"])
-    pushes = next(problem for problem in splits["test"] if "push" in problem["task_id"] and problem["task_id"].endswith("word-i"))
+    pushes = next(problem for problem in splits["test"] if problem["task_id"].endswith("pushes-to-type-word-i"))
     double = next(problem for problem in splits["test"] if "double-a-number" in problem["task_id"])
     answers = [
         (pushes, "return sum(place // 8 + 1 for place in range(len(word)))\n", True),
@@ -416,7 +422,7 @@ def test_hub_names_and_configurations(monkeypatch):
     """What is asked of `datasets`, with a stand-in for the network."""
     asked = []
     fake = type(sys)("datasets")
-    fake.load_dataset = lambda name, configuration: asked.append((name, configuration)) or {"train": [{"a": 1}], "test": []}
+    fake.load_dataset = lambda *names: asked.append(names) or {"train": [{"a": 1}], "test": []}
     monkeypatch.setitem(sys.modules, "datasets", fake)
     for dataset in stage.DATASETS[1:]:
         assert stage.hub_records(dataset) == [(f"{stage.HUB[dataset][0]}, split train, record 1", {"a": 1})]
