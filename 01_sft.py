@@ -333,7 +333,7 @@ def main(cfg):
     model.config.pad_token_id = tokenizer.pad_token_id
     model.train()  # gradient checkpointing works in this mode only; dropout is 0
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {len(tokenizer)} tokens, {device}")
 
     # ---- examples

@@ -367,7 +367,8 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
-    device, eos = model.device, tokenizer.eos_token_id
+    device, eos, training = model.device, tokenizer.eos_token_id, model.training
+    model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
     responses = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     prompts_per_batch = max(1, batch_size // responses_per_prompt)
@@ -411,6 +412,7 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         tokens = tokens.tolist()
         for row, i in enumerate(batch):
             responses[i] = [cut_at_eos(r, eos) for r in tokens[row * responses_per_prompt:][:responses_per_prompt]]
+    model.train(training)
     return responses
 
 
@@ -532,7 +534,7 @@ def main(cfg):
     reward_model.config.pad_token_id = tokenizer.pad_token_id
     reward_model.train()  # gradient checkpointing works in this mode only; dropout is 0
     if cfg.gradient_checkpointing:
-        reward_model.gradient_checkpointing_enable()
+        reward_model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.95))
     lengths = [len(prompt_ids[p]) + max(len(response_ids[p][i]), len(response_ids[p][j])) for p, i, j, _ in train]
     batches = [b for _ in range(cfg.epochs) for b in length_grouped_batches(lengths, cfg.batch_size, rng)]

@@ -271,7 +271,8 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
-    device, eos = model.device, tokenizer.eos_token_id
+    device, eos, training = model.device, tokenizer.eos_token_id, model.training
+    model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
     responses = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     prompts_per_batch = max(1, batch_size // responses_per_prompt)
@@ -315,6 +316,7 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         tokens = tokens.tolist()
         for row, i in enumerate(batch):
             responses[i] = [cut_at_eos(r, eos) for r in tokens[row * responses_per_prompt:][:responses_per_prompt]]
+    model.train(training)
     return responses
 
 

@@ -59,9 +59,9 @@ def evaluation():
 
 
 # One-step problems with few flaws: a model of 0.15M parameters solves half of them after a quarter of a minute.
-DATA_FLAGS = ("--lengths", 1, 1, "--sft", 1500, "--rm", 80, "--ppo", 40, "--validation", 24, "--test", 24,
+DATA_FLAGS = ("--lengths", 0.4, 0.6, "--sft", 1500, "--rm", 100, "--ppo", 40, "--validation", 24, "--test", 24,
               "--hard_share", 0.3)
-SFT_FLAGS = ("--hidden_size", 64, "--layers", 2, "--epochs", 6, "--batch_size", 32, "--lr", 4e-3, "--threads", 1)
+SFT_FLAGS = ("--hidden_size", 64, "--layers", 2, "--epochs", 10, "--batch_size", 32, "--lr", 4e-3, "--threads", 1)
 PPO_FLAGS = ("--iterations", 4, "--prompts_per_iteration", 8, "--minibatch_size", 8, "--eval_every", 2, "--threads", 1,
              "--critic_warmup", 1)
 

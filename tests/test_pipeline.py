@@ -1,0 +1,189 @@
+"""All stages as subprocesses, as the reader types them, on a small set; every stage reads what the one before wrote."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import PPO_FLAGS, ROOT, run_script
+from test_filter import STRATEGIES
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+SAMPLE = {"task_id": str, "prompt": str, "response": str, "rm_score": (float, type(None)), "actual_score": float,
+          "passed_tests": int, "total_tests": int, "status": str, "truncated": bool, "policy": str}
+
+
+@pytest.mark.parametrize("path", ["rm/samples.jsonl", "r2/samples.jsonl", "ppo_bw/rollouts/0001.jsonl", "eval/samples.jsonl"])
+def test_samples_have_their_fields_and_verdicts(pipeline, path):
+    records = read(pipeline["folder"] / "out" / path)
+    assert records
+    for record in records:
+        assert all(isinstance(record[name], types) for name, types in SAMPLE.items()), record
+        passed = record["status"] == "passed"
+        assert passed == (record["actual_score"] == 1.0) and record["passed_tests"] <= record["total_tests"]
+        assert not passed or record["passed_tests"] == record["total_tests"]
+    assert {0.0, 1.0} == {record["actual_score"] for record in records}  # both verdicts occur
+
+
+def test_sft_learned_and_loads(pipeline):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = pipeline["folder"] / "out/sft"
+    metrics = read(folder / "metrics.jsonl")
+    assert metrics[-1]["validation_loss"] < 0.5 < metrics[0]["train_loss"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+def test_reward_model_loads_with_its_statistics(pipeline, rm, sft):
+    from transformers import AutoModelForSequenceClassification
+
+    folder = pipeline["folder"] / "out/rm"
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.num_labels == 1 and model.config.reward_std > 0 and math.isfinite(model.config.reward_mean)
+    # The stored rewards are those of the saved model.
+    tokenizer = rm.load_tokenizer(str(folder))
+    records = [r for r in read(folder / "samples.jsonl") if not r["truncated"]][:50]
+    ids = [rm.encode_prompt(tokenizer, r["prompt"]) + sft.encode_response(tokenizer, r["response"]) for r in records]
+    again = rm.score_responses(model, ids, tokenizer.pad_token_id, 8)
+    stored = torch.tensor([r["rm_score"] for r in records])
+    # Not quite all: a policy may have sampled a text by other tokens than the tokenizer's own.
+    assert (again - stored).abs().less(1e-3).float().mean() >= 0.9
+    for pair in read(folder / "pairs.jsonl"):
+        assert pair["chosen"] != pair["rejected"] and pair["edit_distance"] == rm.edit_distance(pair["chosen"], pair["rejected"])
+    accuracy = json.loads((folder / "accuracy.json").read_text())
+    assert {"all pairs", "largest-edit pairs"} <= set(accuracy)
+
+
+def test_r2_table_figures_and_recommendation(pipeline):
+    folder = pipeline["folder"] / "out/r2"
+    result = json.loads((folder / "r2.json").read_text())
+    rows = result["table"]["out/sft"]
+    assert set(STRATEGIES) - {"single"} == set(rows) and result["recommended"] in rows
+    assert rows["none"]["kept_per_prompt"]["mean"] == 5 and rows["bw"]["kept_per_prompt"]["mean"] == 2
+    assert f"--strategy {result['recommended']}" in pipeline["03_r2_analysis.py"]
+    for name in ("reliability.png", "r2.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ppo_starts_at_ratio_one_and_kl_zero_and_logs_everything(pipeline):
+    metrics = read(pipeline["folder"] / "out/ppo_bw/metrics.jsonl")
+    assert [m["iteration"] for m in metrics] == [0, 1, 2, 3, 4]
+    assert metrics[1]["kl_per_response"] == 0.0 and metrics[1]["kl_per_token"] == 0.0
+    # Iteration 2 is the first that trains the policy: two minibatches of eight kept responses, the first at ratio 1.
+    assert metrics[2]["policy_ratio"] == pytest.approx(1.0, abs=0.02) and metrics[2]["kl_per_response"] == 0.0
+    assert metrics[4]["kl_per_response"] != 0.0
+    for m in metrics[1:]:
+        assert m["kept"] == 16 and m["seen"] == 40
+        for name in ("rm_score", "pass_rate", "entropy", "truncated", "length", "explained_variance", "kl_coef", "critic_loss",
+                     "seconds_generate", "seconds_score", "seconds_train"):
+            assert math.isfinite(m[name]), name
+    assert {"policy_loss", "policy_clip_fraction", "validation_pass_at_1"} <= set(metrics[4])
+
+
+def test_bw_kept_the_best_and_the_worst_of_each_prompt(pipeline):
+    """Row integrity from end to end: in the rollouts, what is marked kept has the highest and lowest reward of its prompt."""
+    for path in sorted((pipeline["folder"] / "out/ppo_bw/rollouts").iterdir()):
+        records = read(path)
+        assert len(records) == 40
+        for start in range(0, 40, 5):
+            group = records[start:start + 5]
+            assert len({r["task_id"] for r in group}) == 1 and len({r["prompt"] for r in group}) == 1
+            kept = [r["rm_score"] for r in group if r["kept"]]
+            scores = [r["rm_score"] for r in group]
+            assert len(kept) == 2 and max(kept) == max(scores) and min(kept) == min(scores)
+
+
+def test_checkpoints_load_and_best_is_chosen_by_validation(pipeline):
+    from transformers import AutoModelForCausalLM
+
+    folder = pipeline["folder"] / "out/ppo_bw"
+    policies = {name: AutoModelForCausalLM.from_pretrained(folder / name) for name in ("best", "last")}
+    start = AutoModelForCausalLM.from_pretrained(pipeline["folder"] / "out/sft")
+    assert any(not torch.equal(a, b) for a, b in zip(policies["last"].parameters(), start.parameters()))
+    checks = [m["validation_pass_at_1"] for m in read(folder / "metrics.jsonl") if "validation_pass_at_1" in m]
+    assert f"best validation pass@1 {max(checks):.3f}" in pipeline["04_pf_ppo.py"]
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_eval_table(pipeline):
+    results = json.loads((pipeline["folder"] / "out/eval/results.json").read_text())
+    by_policy = {row["policy"]: row for row in results}
+    assert by_policy["canonical"]["greedy pass@1"]["mean"] == 1.0
+    for name in ("out/sft", "out/ppo_bw/last"):
+        row = by_policy[name]
+        assert 0 < row["pass@1"]["low"] <= row["pass@1"]["mean"] <= row["pass@1"]["high"] <= row["pass@4"]["mean"] <= 1
+    records = read(pipeline["folder"] / "out/eval/samples.jsonl")
+    greedy = [r["actual_score"] for r in records if r["greedy"] and r["policy"] == "out/sft"]
+    assert sum(greedy) / len(greedy) == pytest.approx(by_policy["out/sft"]["greedy pass@1"]["mean"])
+
+
+def test_a_finished_stage_is_reused(pipeline):
+    folder = pipeline["folder"]
+    before = (folder / "out/ppo_bw/metrics.jsonl").stat().st_mtime_ns
+    assert "is finished" in run_script("04_pf_ppo.py", "--strategy", "bw", *PPO_FLAGS, cwd=folder).stdout
+    assert (folder / "out/ppo_bw/metrics.jsonl").stat().st_mtime_ns == before
+    done = run_script("04_pf_ppo.py", "--strategy", "bw", *PPO_FLAGS, "--lr", 1, cwd=folder, check=False)
+    assert done.returncode == 2 and "lr was 0.0001, now 1.0" in done.stderr
+
+
+def without_seconds(metrics):
+    return [{name: value for name, value in m.items() if not name.startswith("seconds")} for m in metrics]
+
+
+def test_a_killed_run_resumes_to_the_same_metrics(pipeline):
+    """SIGKILL in the middle of an iteration; --resume goes on and ends where the unbroken run of the same seed ended."""
+    folder = pipeline["folder"]
+    command = [sys.executable, str(ROOT / "04_pf_ppo.py"), "--strategy", "bw", "--out", "out/killed", *map(str, PPO_FLAGS)]
+    state = folder / "out/killed/state.pt"
+    run = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    deadline = time.time() + 120
+    while not state.exists() and run.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)  # some way into the next iteration
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert state.exists() and not (folder / "out/killed/stage_config.json").exists()
+    output = run_script("04_pf_ppo.py", "--strategy", "bw", "--out", "out/killed", *PPO_FLAGS, "--resume", cwd=folder).stdout
+    assert "resuming" in output
+    unbroken, resumed = (without_seconds(read(folder / f"out/{name}/metrics.jsonl")) for name in ("ppo_bw", "killed"))
+    assert resumed == unbroken
+    for name in ("best", "last"):
+        a, b = ((folder / f"out/{run}/{name}/model.safetensors").read_bytes() for run in ("ppo_bw", "killed"))
+        assert a == b
+
+
+@pytest.mark.parametrize("flags", [{"strategy": s} for s in STRATEGIES] + [
+    {"strategy": "bw", "advantage": "rloo"}, {"strategy": "br", "advantage": "grpo"}, {"strategy": "bon", "whiten_before_filter": True},
+    {"strategy": "bw", "critic_rows": "all"}, {"strategy": "none", "kl_control": "adaptive", "epochs": 2, "micro_batch_size": 3},
+    {"strategy": "br", "gradient_checkpointing": True}], ids=lambda flags: "-".join(map(str, flags.values())))
+def test_every_strategy_and_variant_runs(pipeline, ppo, flags, monkeypatch, capsys):
+    monkeypatch.chdir(pipeline["folder"])
+    cfg = ppo.Config(iterations=2, critic_warmup=1, prompts_per_iteration=4, minibatch_size=8, eval_every=2, out="out/variant",
+                     validation="data/tiny/validation.jsonl", **flags)
+    shutil.rmtree("out/variant", ignore_errors=True)
+    ppo.main(cfg)
+    last = read(pipeline["folder"] / "out/variant/metrics.jsonl")[-1]
+    assert last["seen"] == 20 and math.isfinite(last["policy_loss"]) and last["policy_ratio"] == pytest.approx(1.0, abs=0.05)
+    expected = {"none": 20, "single": 20, "bon": 4, "br": 8, "bw": 8, "random2": 8, "pow_1": 20, "pow_2": 20, "pow_3": 20}
+    assert last["kept"] == expected.get(cfg.strategy, last["kept"])
+    if cfg.kl_control == "adaptive":
+        assert last["kl_coef"] != cfg.kl_coef
+
+
+def test_reading_the_output_of_each_stage_needs_no_stage_flag(pipeline):
+    """Each stage printed its share of the time, and where its output is."""
+    for name in ("01_sft", "02_reward_model", "03_r2_analysis", "04_pf_ppo", "05_eval"):
+        assert re.search(rf"saved out/.*stage {name}.* took \d+ s", pipeline[f"{name}.py"], re.DOTALL)
