@@ -61,6 +61,8 @@ SHAPES = {               # type: (its parts, read by the base class so that an o
     "collections.defaultdict": (lambda x: [[k, v] for k, v in dict.items(x)], lambda p: LATER("collections", "defaultdict")(None, p)),
     "decimal.Decimal": (lambda x: format(x), LATER("decimal", "Decimal")),
     "fractions.Fraction": (lambda x: [x.numerator, x.denominator], lambda p: LATER("fractions", "Fraction")(*p)),
+    "numpy.ndarray": (lambda x: [x.dtype.str, list(x.shape), type(x).__mro__[-2].tolist(x)] if x.dtype.kind in "biufcUS" else x.dtype.kind + 1, lambda p: __import__("numpy").array(p[2], p[0]).reshape(p[1])),
+    "numpy.generic": (lambda x: [x.dtype.str, x.item()], lambda p: __import__("numpy").dtype(p[0]).type(p[1])),
     "datetime.timedelta": (lambda x: [x.days, x.seconds, x.microseconds], lambda p: LATER("datetime", "timedelta")(*p)),
     "datetime.datetime": (lambda x: x.isoformat(), lambda p: __import__("datetime").datetime.fromisoformat(p)),
     "datetime.date": (lambda x: x.isoformat(), lambda p: __import__("datetime").date.fromisoformat(p)),
@@ -89,7 +91,7 @@ def pack(x, other, careful=False, depth=0):
 
 def unpack(data, handle):
     """The value that `data` stands for; `handle(key)` gives the object behind a handle."""
-    if type(data) is list: return data if {list, dict}.isdisjoint(map(type, data)) else [unpack(v, handle) for v in data]
+    if type(data) is list: return data[:] if {list, dict}.isdisjoint(map(type, data)) else [unpack(v, handle) for v in data]
     if type(data) is not dict: return data
     (tag, parts), = data.items()
     if tag == "h": return handle(parts)
@@ -320,7 +322,10 @@ def library(site):
     """What a candidate may read: the interpreter, its library, the shared libraries that these need."""
     paths = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", f"{sys.base_prefix}/{sys.platlibdir}", *site, sys.executable,
              "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo"]
-    return [p for p in dict.fromkeys(p for q in paths for p in (q, os.path.realpath(q))) if os.path.exists(p)]
+    for p in paths:                                    # a link is of use only with all that it leads over
+        if os.path.islink(p): paths.append(os.path.normpath(os.path.join(os.path.dirname(p), os.readlink(p))))
+        elif os.path.realpath(p) not in paths: paths.append(os.path.realpath(p))
+    return [p for p in dict.fromkeys(paths) if os.path.exists(p)]
 
 
 def enter_namespaces(mode, readable):
