@@ -5,17 +5,17 @@ Writes  data/<dataset>/{sft,rm,ppo,validation,test}.jsonl, those splits that the
 
 A line of data/tiny/sft.jsonl, spread out:
 
-    {"task_id": "tiny/sft/100",
-     "prompt": "\"\"\"decrease it by 2, then list the numbers that divide it.\"\"\"\ndef solve(n):\n",
+    {"task_id": "tiny/sft/21",
+     "prompt": "\"\"\"sum the digits of the number, then take its square.\"\"\"\ndef solve(n):\n",
      "prefix": "def solve(n):\n",
      "setup": "",
      "entry_point": "solve",
-     "tests": ["assert solve(0) == []", "assert solve(95) == [1, 3, 31, 93]", "assert solve(29) == [1, 3, 9, 27]",
-               "assert solve(103) == [1, 101]", "assert solve(7) == [1, 5]", "assert solve(36) == [1, 2, 17, 34]"],
-     "solution": "    n = n - 2\n    return [d for d in range(1, n) if n % d == 0]\n",
+     "tests": ["assert solve(0) == 0", "assert solve(25) == 49", "assert solve(129) == 144", "assert solve(58) == 169",
+               "assert solve(103) == 16", "assert solve(73) == 100"],
+     "solution": "    n = len(str(n))\n    return n * n\n",
      "source": "tiny",
-     "steps": ["minus", "divisors"],
-     "flaw": [{"step": 2, "kind": "divisors", "flaw": "off by one"}]}
+     "steps": ["digit_sum", "squared"],
+     "flaw": [{"step": 1, "kind": "digit_sum", "flaw": "wrong aggregate"}]}
 
 `prefix + solution` is the program; `setup` runs after it and before the tests. Only the tiny set has `steps`, and only
 its sft.jsonl has `flaw` (null for a correct solution).
@@ -70,11 +70,12 @@ class Config:
     out: str = ""  # output folder; "": data/<dataset>
     seed: int = 0  # seed of everything random here
     sft: int = 6000  # tiny: problems with flawed solutions for fine-tuning; paper: 130k
-    rm: int = 2000  # tiny: prompts for the reward model; paper: 7k
+    rm: int = 3000  # tiny: prompts for the reward model; paper: 7k
     ppo: int = 1000  # tiny: prompts for PPO; paper: 3k
     validation: int = 300  # tiny: problems that choose the best checkpoint
     test: int = 500  # tiny: problems that nothing is chosen by; 500 give a 95% interval of about 4 points
     lengths: list[float] = shares(5, 30, 35, 20, 10)  # tiny: shares of problems with 1, 2, .. steps; longer is harder
+    kinds: int = 48  # tiny: kinds of step in use, of 72; with more, a kind is seen more rarely and all stages need longer
     hard_share: float = 0.12  # tiny: share of step kinds that are mostly wrong; more lowers greedy SFT accuracy
     hard_flaws: list[float] = shares(0.58, 0.7)  # tiny: range of their flaw probabilities
     easy_flaws: list[float] = shares(0.05, 0.3)  # tiny: range of the others'; more lowers sampled SFT accuracy
@@ -447,7 +448,7 @@ def flaw_rates(cfg):
     step has its share of hard kinds. The largest of them become the hard kinds.
     """
     rates = {}
-    for number, step in enumerate(STEPS, 1):
+    for number, step in enumerate(used_steps(cfg.kinds), 1):
         place = number * 0.6180339887 % 1
         if place < 1 - cfg.hard_share:
             (low, high), place = cfg.easy_flaws, place / (1 - cfg.hard_share)
@@ -480,7 +481,7 @@ def input_pool(seed):
     return pool
 
 
-def program(takes, steps):
+def body(takes, steps):
     """The body of solve() for a chain of (type, expression): one line a step, so that programs compare line by line."""
     lines = [f"    {VARIABLE[gives]} = {expression}\n" for gives, expression in steps[:-1]]
     return "".join(lines) + f"    return {steps[-1][1] if steps else VARIABLE[takes]}\n"
@@ -489,11 +490,16 @@ def program(takes, steps):
 # ---- the tiny set: problems and their tests ----
 
 
-def draw_chain(length, rng):
+def used_steps(count):
+    """`count` kinds of step, evenly from the whole table, so that every type of step keeps its share."""
+    return [STEPS[number * len(STEPS) // count] for number in range(count)]
+
+
+def draw_chain(length, steps, rng):
     """A well-typed chain of `length` different kinds of step."""
     value, chain = rng.choices(["list", "text", "number"], [45, 35, 20])[0], []
     for _ in range(length):
-        chain.append(rng.choice([step for step in STEPS if step.takes == value and step not in chain]))
+        chain.append(rng.choice([step for step in steps if step.takes == value and step not in chain]))
         value = chain[-1].gives
     return chain
 
@@ -624,7 +630,7 @@ def tiny_problem(cfg, task_id, chain, prompt, pool, rates, rng):
             return None
         if telling and telling[0] in others:
             chosen.append(telling[0])
-    solution = program(takes, [(step.gives, expression) for step, expression in lines])
+    solution = body(takes, [(step.gives, expression) for step, expression in lines])
     if len(solution) > MAX_PROGRAM:
         return None
     record = {
@@ -638,20 +644,25 @@ def tiny_problem(cfg, task_id, chain, prompt, pool, rates, rng):
     return record
 
 
+def sizes(cfg):
+    """{split: its number of problems}."""
+    return dict(zip(SPLITS, (cfg.sft, cfg.rm, cfg.ppo, cfg.validation, cfg.test)))
+
+
 def tiny_splits(cfg):
     """Generate {split: problems}: no prompt occurs twice, no chain both in a training and in a held-out split."""
-    pool, rates = input_pool(cfg.seed), flaw_rates(cfg)
+    pool, steps, rates = input_pool(cfg.seed), used_steps(cfg.kinds), flaw_rates(cfg)
     splits, prompts = {}, set()
     for split in SPLITS:
         rng = random.Random(f"{split} {cfg.seed}")
-        records, size, draws = [], getattr(cfg, split), 0
+        records, size, draws = [], sizes(cfg)[split], 0
         while len(records) < size:
             if draws % SAME_LENGTH == 0:
                 length = rng.choices(range(1, len(cfg.lengths) + 1), cfg.lengths)[0]
             draws += 1
             if draws > MAX_DRAWS:
                 fail(f"found only {len(records)} problems for --{split} {size}; ask for fewer, or longer (--lengths)")
-            chain = draw_chain(length, rng)
+            chain = draw_chain(length, steps, rng)
             words = ", then ".join(rng.choice(step.words.split(" | ")) for step in chain)
             prompt = f'"""{words}."""\ndef solve({VARIABLE[chain[0].takes]}):\n'
             if prompt in prompts or held_out(chain) != (split in ("validation", "test")):
@@ -843,16 +854,19 @@ def check_config(cfg):
     if cfg.file and cfg.dataset == "tiny":
         fail("--file goes with a public data set, the tiny one is generated; add --dataset humaneval, say")
     for split in SPLITS:
-        if getattr(cfg, split) < 1:
-            fail(f"--{split} is {getattr(cfg, split)}: a split needs at least one problem")
+        if sizes(cfg)[split] < 1:
+            fail(f"--{split} is {sizes(cfg)[split]}: a split needs at least one problem")
+    if not 1 <= cfg.kinds <= len(STEPS):
+        fail(f"--kinds {cfg.kinds} is not between 1 and the {len(STEPS)} of the table")
     if min(cfg.lengths) < 0 or max(cfg.lengths) <= 0:
         fail("--lengths needs a weight of 0 or more for each number of steps, and one above 0")
-    for name in ("easy_flaws", "hard_flaws"):
-        if len(getattr(cfg, name)) != 2:
+    for name, limits in (("easy_flaws", cfg.easy_flaws), ("hard_flaws", cfg.hard_flaws)):
+        if len(limits) != 2:
             fail(f"--{name} needs two probabilities, the lowest and the highest")
-    for name in ("hard_share", "usual_flaw", "missing_step", "easy_flaws", "hard_flaws"):
-        value = getattr(cfg, name)
-        if not all(0 <= number <= 1 for number in (value if isinstance(value, list) else [value])):
+    for name, chances in (("hard_share", [cfg.hard_share]), ("usual_flaw", [cfg.usual_flaw]),
+                          ("missing_step", [cfg.missing_step]), ("easy_flaws", cfg.easy_flaws),
+                          ("hard_flaws", cfg.hard_flaws)):
+        if not all(0 <= chance <= 1 for chance in chances):
             fail(f"--{name} must be between 0 and 1")
 
 
@@ -871,12 +885,12 @@ def main(cfg):
         write_jsonl(temporary / f"{split}.jsonl", records)
     save_config(cfg, temporary)
     os.rename(temporary, out)
-    sizes = ", ".join(f"{split} {len(records)}" for split, records in splits.items())
-    print(f"{out}: {sizes} problems in {time.perf_counter() - started:.1f} s")
+    counts = ", ".join(f"{split} {len(records)}" for split, records in splits.items())
+    print(f"{out}: {counts} problems in {time.perf_counter() - started:.1f} s")
     if cfg.dataset == "tiny":
         flawed = sum(record["flaw"] is not None for record in splits["sft"])
         hard = [kind for kind, rate in flaw_rates(cfg).items() if rate > 0.5]
-        print(f"{flawed} of {len(splits['sft'])} SFT solutions are flawed; of {len(STEPS)} kinds of step these are "
+        print(f"{flawed} of {len(splits['sft'])} SFT solutions are flawed; of {cfg.kinds} kinds of step these are "
               f"mostly wrong: {', '.join(hard)}")
 
 

@@ -24,6 +24,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import sys
 import time
@@ -218,6 +219,14 @@ def set_up(threads):
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def cost(started):
+    """Seconds since `started` and the largest memory of this process so far, for the last line of a stage."""
+    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB"  # Linux counts kilobytes
+    if torch.cuda.is_available():
+        memory += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GB"
+    return f"{time.time() - started:.0f} s, peak memory {memory}"
+
+
 def autocast(device):
     """bf16 matrix products on a GPU, with float32 master weights: at lr 5e-7 an update to a bf16 weight rounds away."""
     if device.type == "cuda":
@@ -402,7 +411,7 @@ def main(cfg):
     save_model(model, tokenizer, out)
     write_jsonl(out / "metrics.jsonl", metrics)
     save_config(cfg, out)
-    print(f"saved {out}; stage 01_sft took {time.time() - started:.0f} s")
+    print(f"saved {out}; stage 01_sft took {cost(started)}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import sys
 import time
@@ -124,6 +125,15 @@ def all_pairs(responses, passed):
     for i, response in enumerate(responses):
         first.setdefault(response, i)
     return [(i, j) for i in first.values() if passed[i] for j in first.values() if not passed[j]]
+
+
+def clustered_interval(values, prompts, rng, resamples=1000):
+    """95% bootstrap interval of the mean of `values`, drawing whole prompts: pairs of one prompt are not independent."""
+    _, place = np.unique(prompts, return_inverse=True)
+    sums, sizes = np.bincount(place, values), np.bincount(place)
+    draws = rng.integers(len(sums), size=(resamples, len(sums)))
+    low, high = np.quantile(sums[draws].sum(1) / sizes[draws].sum(1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def flaw_kind(chosen, rejected):
@@ -242,6 +252,14 @@ def set_up(threads):
     if threads:
         torch.set_num_threads(threads)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cost(started):
+    """Seconds since `started` and the largest memory of this process so far, for the last line of a stage."""
+    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB"  # Linux counts kilobytes
+    if torch.cuda.is_available():
+        memory += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GB"
+    return f"{time.time() - started:.0f} s, peak memory {memory}"
 
 
 def autocast(device):
@@ -577,17 +595,19 @@ def main(cfg):
         right = [float(scores[p, i] > scores[p, j]) for p, i, j, _ in subset]
         shorter = [float(len(responses[p][i]) < len(responses[p][j]))
                    + 0.5 * (len(responses[p][i]) == len(responses[p][j])) for p, i, j, _ in subset]
-        error = 1.96 * math.sqrt(np.mean(right) * (1 - np.mean(right)) / len(right))
-        return {"pairs": len(subset), "accuracy": np.mean(right), "interval": error, "shorter_is_better": np.mean(shorter)}
+        low, high = clustered_interval(right, [p for p, _, _, _ in subset], np.random.default_rng(cfg.seed))
+        return {"pairs": len(subset), "accuracy": float(np.mean(right)), "low": low, "high": high,
+                "shorter_is_better": float(np.mean(shorter))}
 
     groups = {"all pairs": test, "largest-edit pairs": [t for t in test if t[3]]}
     for t in test:
         groups.setdefault(flaw_kind(responses[t[0]][t[1]], responses[t[0]][t[2]]), []).append(t)
     table = {name: accuracy(subset) for name, subset in groups.items()}
     print(f"\naccuracy on {len({t[0] for t in test})} held-out prompts (pairs: {cfg.pairs})")
-    print(f"{'pairs':<22}{'number':>7}{'RM':>15}{'shorter is better':>20}")
+    print(f"{'pairs':<22}{'number':>7}{'RM, 95% interval':>24}{'shorter is better':>20}")
     for name, row in table.items():
-        print(f"{name:<22}{row['pairs']:>7}{row['accuracy']:>8.3f} ±{row['interval']:.3f}{row['shorter_is_better']:>20.3f}")
+        print(f"{name:<22}{row['pairs']:>7}{row['accuracy']:>10.3f} [{row['low']:.2f}, {row['high']:.2f}]"
+              f"{row['shorter_is_better']:>20.3f}")
 
     # ---- save
     records = [{"task_id": problem["task_id"], "prompt": problem["prompt"], "response": text,
@@ -602,7 +622,7 @@ def main(cfg):
     write_jsonl(out / "pairs.jsonl", pairs)
     (out / "accuracy.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     save_config(cfg, out)
-    print(f"saved {out}; stage 02_reward_model took {time.time() - started:.0f} s")
+    print(f"saved {out}; stage 02_reward_model took {cost(started)}")
 
 
 if __name__ == "__main__":

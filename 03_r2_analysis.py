@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import resource
 import sys
 import time
 import typing
@@ -262,6 +263,14 @@ def set_up(threads):
     if threads:
         torch.set_num_threads(threads)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cost(started):
+    """Seconds since `started` and the largest memory of this process so far, for the last line of a stage."""
+    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB"  # Linux counts kilobytes
+    if torch.cuda.is_available():
+        memory += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GB"
+    return f"{time.time() - started:.0f} s, peak memory {memory}"
 
 
 def autocast(device):
@@ -608,7 +617,7 @@ def main(cfg):
     plot_reliability(curves, out / "reliability.png")
     plot_r2(table, out / "r2.png")
     save_config(cfg, out)
-    print(f"saved {out}; stage 03_r2_analysis took {time.time() - started:.0f} s")
+    print(f"saved {out}; stage 03_r2_analysis took {cost(started)}")
 
 
 if __name__ == "__main__":

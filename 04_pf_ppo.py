@@ -37,6 +37,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import sys
 import time
@@ -303,6 +304,14 @@ def set_up(threads):
     if threads:
         torch.set_num_threads(threads)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cost(started):
+    """Seconds since `started` and the largest memory of this process so far, for the last line of a stage."""
+    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB"  # Linux counts kilobytes
+    if torch.cuda.is_available():
+        memory += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GB"
+    return f"{time.time() - started:.0f} s, peak memory {memory}"
 
 
 def autocast(device):
@@ -939,8 +948,7 @@ def main(cfg):
     save_model(policy, tokenizer, out / "last")
     plot_curves(metrics, out / "curves.png", f"PF-PPO, strategy {cfg.strategy}, seed {cfg.seed}")
     save_config(settings, out)
-    print(f"saved {out}: best validation pass@1 {best:.3f}; stage 04_pf_ppo ({cfg.strategy}) took "
-          f"{time.time() - started:.0f} s")
+    print(f"saved {out}: best validation pass@1 {best:.3f}; stage 04_pf_ppo ({cfg.strategy}) took {cost(started)}")
 
 
 if __name__ == "__main__":
