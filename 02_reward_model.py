@@ -69,7 +69,7 @@ class Config:
     warmup: float = 0.05  # share of the steps in which the learning rate rises from 0; then half a cosine down to 0
     weight_decay: float = 0.0  # AdamW weight decay; not given in the paper
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm, over all parameters
-    generate_batch_size: int = 640  # responses generated at once
+    generate_batch_size: int = 256  # responses generated at once
     score_batch_size: int = 64  # responses scored at once
     timeout: float = 1.0  # CPU seconds a program may take over its tests
     workers: int = 0  # sandbox processes, 0 = one a core
@@ -370,8 +370,13 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
+        """Rows repeated (a prompt's responses share its prefix) or dropped (in place); only what is filled is copied."""
         end = self.get_seq_length()
-        self.buffers = [buffer[indices] for buffer in self.buffers]
+        for i, filled in enumerate((self.keys, self.values)):
+            if len(indices) > len(filled):
+                self.buffers[i] = filled.new_empty(len(indices), filled.shape[1], self.capacity, filled.shape[3])
+            self.buffers[i] = self.buffers[i][:len(indices)]
+            self.buffers[i][:, :, :end] = filled.index_select(0, indices)
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
 
@@ -410,9 +415,10 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         cache.batch_select_indices(rows)
         logits, mask, positions = logits[rows], mask[rows], positions[rows]
         for t in range(max_new_tokens):
-            if temperature > 0:  # dividing by exponential noise and taking the largest draws from the distribution
-                chances = torch.softmax(logits.float() / temperature, -1)
-                chosen = (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(-1)
+            if temperature > 0:  # a uniform number falls into a token's share of the cumulative distribution
+                cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
+                uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                chosen = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
             else:
                 chosen = logits.argmax(-1)
             tokens[active, t] = chosen

@@ -93,7 +93,7 @@ class Config:
     eval_every: int = 5  # iterations between two validations (greedy pass@1); the last iteration always has one
     save_every: int = 0  # also keep the policy of every so many iterations as out/iteration_<i>; 0: none
     resume: bool = False  # go on from the last finished iteration of an interrupted run
-    generate_batch_size: int = 512  # responses generated at once
+    generate_batch_size: int = 256  # responses generated at once
     score_batch_size: int = 64  # responses scored, or passed through frozen models, at once
     timeout: float = 1.0  # CPU seconds a program may take over its tests
     workers: int = 1  # sandbox processes, 0 = one a core; they run while policy and critic train
@@ -406,8 +406,13 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
+        """Rows repeated (a prompt's responses share its prefix) or dropped (in place); only what is filled is copied."""
         end = self.get_seq_length()
-        self.buffers = [buffer[indices] for buffer in self.buffers]
+        for i, filled in enumerate((self.keys, self.values)):
+            if len(indices) > len(filled):
+                self.buffers[i] = filled.new_empty(len(indices), filled.shape[1], self.capacity, filled.shape[3])
+            self.buffers[i] = self.buffers[i][:len(indices)]
+            self.buffers[i][:, :, :end] = filled.index_select(0, indices)
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
 
@@ -446,9 +451,10 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         cache.batch_select_indices(rows)
         logits, mask, positions = logits[rows], mask[rows], positions[rows]
         for t in range(max_new_tokens):
-            if temperature > 0:  # dividing by exponential noise and taking the largest draws from the distribution
-                chances = torch.softmax(logits.float() / temperature, -1)
-                chosen = (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(-1)
+            if temperature > 0:  # a uniform number falls into a token's share of the cumulative distribution
+                cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
+                uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                chosen = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
             else:
                 chosen = logits.argmax(-1)
             tokens[active, t] = chosen
@@ -903,9 +909,10 @@ def main(cfg):
         kept_set = set(kept.tolist())
         write_jsonl(out / "rollouts" / f"{iteration:04d}.jsonl", [
             {"task_id": row_problems[k]["task_id"], "prompt": row_problems[k]["prompt"], "response": texts[k],
-             "rm_score": scores[k].item(), "actual_score": passed[k].item(), "passed_tests": results[k].passed_tests,
-             "total_tests": results[k].total_tests, "status": results[k].status, "truncated": truncated[k].item(),
-             "policy": f"{out}/{iteration:04d}", "kept": k in kept_set} for k in range(len(texts))])
+             "rm_score": rm_scores[k].item(), "score": scores[k].item(), "actual_score": passed[k].item(),
+             "passed_tests": results[k].passed_tests, "total_tests": results[k].total_tests,
+             "status": results[k].status, "truncated": truncated[k].item(), "policy": f"{out}/{iteration:04d}",
+             "kept": k in kept_set} for k in range(len(texts))])
         if problem:
             fail(f"iteration {iteration}: {problem}; its rollouts are in {out}/rollouts. Lower --lr or --critic_lr, or raise "
                  "--kl_coef")

@@ -229,3 +229,20 @@ def test_a_policy_equal_to_its_reference_has_no_kl(ppo, model_folder):
     policy, reference = (ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE) for _ in range(2))
     batch = ppo.make_batch(*rows(), 0)
     assert torch.equal(logprobs_of(ppo, policy.train(), batch), logprobs_of(ppo, reference.eval(), batch))  # no dropout left
+
+
+def test_master_weights_are_float32_so_that_a_step_at_the_papers_lr_is_saved(ppo, model_folder, tmp_path):
+    """At lr 5e-7 an AdamW step moves each weight by about 5e-7: float32 keeps it, bf16 rounds nearly all of it away."""
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE)
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        policy = policy.to(dtype)
+        before = [p.detach().clone() for p in policy.parameters() if p.dim() == 2]
+        policy(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+        torch.optim.AdamW(policy.parameters(), lr=5e-7, weight_decay=0.0).step()
+        policy.save_pretrained(tmp_path / str(dtype))
+        saved = ppo.AutoModelForCausalLM.from_pretrained(tmp_path / str(dtype), dtype=dtype)
+        after = [p for p in saved.parameters() if p.dim() == 2]
+        moved[dtype] = sum((a != b).sum().item() for a, b in zip(before, after)) / sum(a.numel() for a in after)
+    assert moved[torch.float32] > 0.5 > 0.05 > moved[torch.bfloat16]

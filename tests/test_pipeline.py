@@ -100,8 +100,8 @@ def test_bw_kept_the_best_and_the_worst_of_each_prompt(pipeline):
         for start in range(0, 40, 5):
             group = records[start:start + 5]
             assert len({r["task_id"] for r in group}) == 1 and len({r["prompt"] for r in group}) == 1
-            kept = [r["rm_score"] for r in group if r["kept"]]
-            scores = [r["rm_score"] for r in group]
+            kept = [r["score"] for r in group if r["kept"]]
+            scores = [r["score"] for r in group]
             assert len(kept) == 2 and max(kept) == max(scores) and min(kept) == min(scores)
 
 
@@ -181,6 +181,33 @@ def test_every_strategy_and_variant_runs(pipeline, ppo, flags, monkeypatch, caps
     assert last["kept"] == expected.get(cfg.strategy, last["kept"])
     if cfg.kl_control == "adaptive":
         assert last["kl_coef"] != cfg.kl_coef
+
+
+def test_a_truncated_response_is_marked_and_pays_a_penalty(pipeline, ppo, monkeypatch):
+    monkeypatch.chdir(pipeline["folder"])
+    ppo.main(ppo.Config(iterations=1, prompts_per_iteration=4, out="out/truncated", max_new_tokens=12, truncation_penalty=0.7))
+    records = read(pipeline["folder"] / "out/truncated/rollouts/0001.jsonl")
+    assert {True, False} == {r["truncated"] for r in records}
+    for r in records:
+        assert r["score"] == pytest.approx(r["rm_score"] - 0.7 * r["truncated"], abs=1e-5)
+
+
+def test_a_reward_with_its_sign_flipped_makes_the_policy_worse(pipeline, ppo, rm, monkeypatch):
+    """With the head of the reward model negated, PPO unlearns what SFT knew; with the true one it does not."""
+    monkeypatch.chdir(pipeline["folder"])
+    model = rm.load_model(rm.AutoModelForSequenceClassification, "out/rm", torch.device("cpu"))
+    with torch.no_grad():
+        model.score.weight.neg_()
+    model.config.reward_mean *= -1
+    rm.save_model(model, rm.load_tokenizer("out/rm"), "out/flipped_rm")
+    before, after = {}, {}
+    for name in ("rm", "flipped_rm"):
+        ppo.main(ppo.Config(strategy="none", iterations=6, prompts_per_iteration=12, minibatch_size=20, critic_warmup=1, lr=3e-4,
+                            reward_model=f"out/{name}", out=f"out/ppo_{name}", eval_every=100, kl_coef=0.05))
+        metrics = read(pipeline["folder"] / f"out/ppo_{name}/metrics.jsonl")
+        before[name], after[name] = metrics[0]["validation_pass_at_1"], metrics[-1]["validation_pass_at_1"]
+    assert before["rm"] == before["flipped_rm"]
+    assert after["flipped_rm"] < before["rm"] - 0.15 and after["flipped_rm"] < after["rm"] - 0.1
 
 
 def test_reading_the_output_of_each_stage_needs_no_stage_flag(pipeline):

@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,15 @@ def test_pick_pair_takes_the_largest_edit_distance(rm):
 
 def test_all_pairs_counts_a_text_once(rm):
     assert rm.all_pairs(["a", "b", "a", "c"], [True, False, True, False]) == [(0, 1), (0, 3)]
+
+
+def test_interval_over_prompts_is_wider_than_over_pairs(rm):
+    """Ten pairs of a prompt that all agree are one observation, not ten."""
+    rng = np.random.default_rng(0)
+    values = np.repeat(rng.random(40) < 0.7, 10).astype(float)
+    low, high = rm.clustered_interval(values, np.repeat(np.arange(40), 10), np.random.default_rng(1))
+    low_pairs, high_pairs = rm.clustered_interval(values, np.arange(400), np.random.default_rng(1))
+    assert low < values.mean() < high and high - low > 2 * (high_pairs - low_pairs)
 
 
 def test_flaw_kinds(rm):

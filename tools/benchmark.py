@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--responses_per_prompt", type=int, default=5)
     parser.add_argument("--max_new_tokens", type=int, default=96)
-    parser.add_argument("--batch_size", type=int, default=640, help="rows at once, for both")
+    parser.add_argument("--batch_size", type=int, default=256, help="rows at once, for both")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
