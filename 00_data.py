@@ -5,17 +5,17 @@ Writes  data/<dataset>/{sft,rm,ppo,validation,test}.jsonl, those splits that the
 
 A line of data/tiny/sft.jsonl, spread out:
 
-    {"task_id": "tiny/sft/21",
-     "prompt": "\"\"\"sum the digits of the number, then take its square.\"\"\"\ndef solve(n):\n",
+    {"task_id": "tiny/sft/24",
+     "prompt": "\"\"\"take it twice, then reverse its digits.\"\"\"\ndef solve(n):\n",
      "prefix": "def solve(n):\n",
      "setup": "",
      "entry_point": "solve",
-     "tests": ["assert solve(0) == 0", "assert solve(25) == 49", "assert solve(129) == 144", "assert solve(58) == 169",
-               "assert solve(103) == 16", "assert solve(73) == 100"],
-     "solution": "    n = len(str(n))\n    return n * n\n",
+     "tests": ["assert solve(0) == 0", "assert solve(126) == 252", "assert solve(76) == 251", "assert solve(10) == 2",
+               "assert solve(84) == 861", "assert solve(102) == 402"],
+     "solution": "    n = n * 2\n    return int(''.join(sorted(str(n))))\n",
      "source": "tiny",
-     "steps": ["digit_sum", "squared"],
-     "flaw": [{"step": 1, "kind": "digit_sum", "flaw": "wrong aggregate"}]}
+     "steps": ["times_two", "reverse_digits"],
+     "flaw": [{"step": 2, "kind": "reverse_digits", "flaw": "sorted instead"}]}
 
 `prefix + solution` is the program; `setup` runs after it and before the tests. Only the tiny set has `steps`, and only
 its sft.jsonl has `flaw` (null for a correct solution).
@@ -76,7 +76,7 @@ class Config:
     test: int = 500  # tiny: problems that nothing is chosen by; 500 give a 95% interval of about 4 points
     lengths: list[float] = shares(5, 30, 35, 20, 10)  # tiny: shares of problems with 1, 2, .. steps; longer is harder
     kinds: int = 48  # tiny: kinds of step in use, of 72; with more, a kind is seen more rarely and all stages need longer
-    hard_share: float = 0.12  # tiny: share of step kinds that are mostly wrong; more lowers greedy SFT accuracy
+    hard_share: float = 0.17  # tiny: share of step kinds that are mostly wrong; more lowers greedy SFT accuracy
     hard_flaws: list[float] = shares(0.58, 0.7)  # tiny: range of their flaw probabilities
     easy_flaws: list[float] = shares(0.05, 0.3)  # tiny: range of the others'; more lowers sampled SFT accuracy
     usual_flaw: float = 0.85  # tiny: share of flaws that are their kind's usual one; high, so that greedy picks it

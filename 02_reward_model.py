@@ -62,7 +62,7 @@ class Config:
     temperature: float = 1.0  # sampling temperature; not given in the paper
     max_new_tokens: int = 96  # longest response, tokens; authors' scripts: 2048
     holdout_share: float = 0.15  # share of the prompts kept from training to measure accuracy
-    epochs: int = 3  # passes over the pairs; paper: 1 (authors' scripts: 2), with many more pairs
+    epochs: int = 2  # passes over the pairs; paper: 1 (authors' scripts: 2), with many more pairs
     batch_size: int = 32  # pairs per optimiser step; authors' scripts: 64
     micro_batch_size: int = 32  # pairs per forward pass; smaller needs less memory and changes nothing else
     lr: float = 5e-4  # peak learning rate of AdamW; paper: 1e-5 (a 6.7B model)

@@ -187,7 +187,7 @@ def test_flaws_come_at_their_rates(tiny):
     rates = stage.flaw_rates(stage.Config())
     assert min(rates.values()) >= 0.05 and max(rates.values()) <= 0.7
     hard = [rate for rate in rates.values() if rate > 0.5]
-    assert 0.08 < len(hard) / len(rates) < 0.16
+    assert abs(len(hard) / len(rates) - stage.Config().hard_share) < 0.04
     seen, wrong, usual = collections.Counter(), collections.Counter(), 0
     for problem in tiny["sft"]:
         seen.update(problem["steps"])
