@@ -706,12 +706,12 @@ def iteration_prompts(count, per_iteration, iteration, seed):
 
     It depends on nothing else, so every strategy of a seed sees the same prompts in the same order, and so does --resume.
     """
+    first, last = (iteration - 1) * per_iteration, iteration * per_iteration
     indices = []
-    for position in range((iteration - 1) * per_iteration, iteration * per_iteration):
-        epoch, place = divmod(position, count)
+    for epoch in range(first // count, (last - 1) // count + 1):
         order = list(range(count))
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        indices.append(order[place])
+        indices += order[max(first - epoch * count, 0):last - epoch * count]
     return indices
 
 
