@@ -655,6 +655,8 @@ for _op in BETWEEN_HANDLES:
 UNSPLIT = set("redirect_stdout redirect_stderr patch mock StringIO stdout stdin stderr capsys asyncio inspect globals locals eval exec".split())
 PLAIN_MODULES = set("""math cmath re sys random string itertools functools collections operator copy datetime decimal fractions heapq bisect
     statistics time json typing numbers array struct hashlib calendar numpy textwrap types enum dataclasses""".split())
+STANDARD = {n: m for m, names in dict(math="isclose sqrt ceil floor gcd pi inf nan", collections="Counter defaultdict OrderedDict deque namedtuple", copy="deepcopy",
+                                      decimal="Decimal", fractions="Fraction").items() for n in names.split()}      # in the tests these are the library's, whatever a candidate calls so
 
 
 class Plan(NamedTuple):
@@ -665,7 +667,7 @@ class Plan(NamedTuple):
     tests: list = []     # compiled
     sources: tuple = ()  # the same as text
     names: list = []     # names that only the candidate can give
-    modules: dict = {}   # names of modules that T imports itself
+    modules: dict = {}   # names that T imports itself: (module, attribute or None)
     methods: set = ()    # attributes that the tests only ever call: one message, not two
     ahead: list = ()     # requests that the tests will make whatever the replies are
 
@@ -689,7 +691,8 @@ def plan(setup, tests, entry_point):
     bound |= {(a.asname or a.name).split(".")[0] for n in every(ast.Import, ast.ImportFrom) for a in n.names}
     names = {n for n in {n.id for n in every(ast.Name)} - bound if not hasattr(builtins, n)} | ({entry_point} - {None})      # no other name of the candidate hides a builtin
     called = {n.func for n in every(ast.Call)}
-    modules = {n: "numpy" if n == "np" else n for n in names - {f.id for f in called if isinstance(f, ast.Name)} - {entry_point} if n in PLAIN_MODULES or n == "np"}
+    modules = {n: ("numpy" if n == "np" else n, None) for n in names - {f.id for f in called if isinstance(f, ast.Name)} - {entry_point} if n in PLAIN_MODULES or n == "np"}
+    if entry_point: modules |= {n: (STANDARD[n], n) for n in names & STANDARD.keys() - {entry_point}}
     names -= set(modules)
     methods = {n.attr for n in called if isinstance(n, ast.Attribute)} - {n.attr for n in every(ast.Attribute) if n not in called}
     derived = names | {a.arg for n in every(ast.FunctionDef) for a in n.args.args}            # names that may stand for something of the candidate's
@@ -797,8 +800,8 @@ def judge(job, sock):
             known = dict(vars(builtins))
             known.pop(job["entry_point"], None)        # a missing `sum` of the candidate is not ours
             env = {"__name__": "tests", "__builtins__": known}
-            for name, module in p.modules.items():
-                try: env[name] = __import__(module)
+            for name, (module, attribute) in p.modules.items():
+                try: env[name] = getattr(__import__(module), attribute) if attribute else __import__(module)
                 except ImportError: pass
             for name in p.names:
                 if name not in reply[2]: continue

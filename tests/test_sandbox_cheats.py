@@ -85,6 +85,8 @@ cheat("patched", "copy.deepcopy", in_process, "import copy\ncopy.deepcopy = lamb
 cheat("patched", "__import__", in_process, "import builtins\nclass E:\n    isclose = lambda *a: True\nbuiltins.__import__ = lambda *a, **k: E\ndef f(*a): return 0", ["import math\nassert math.isclose(f(1), 3)"])
 cheat("patched", "Counter", in_process, "import collections\ncollections.Counter = lambda *a: 7\ndef f(*a): return []", ["from collections import Counter\nassert Counter(f(1)) == Counter([1, 2])"])
 cheat("patched", "random", in_process, "import random\nrandom.randint = lambda a, b: 7\ndef f(*a): return 49", ["import random\nfor _ in range(20):\n    n = random.randint(1, 10**6)\n    assert f(n) == n * n"])
+cheat("patched", "its own isclose, where the tests import none", in_process, "isclose = lambda *a: True\ndef f(*a): return 0", ["assert isclose(f(1), 3)"])
+cheat("patched", "its own Counter, where the tests import none", in_process, "class Counter:\n    def __init__(self, *a): pass\n    def __eq__(self, o): return True\ndef f(*a): return []", ["assert Counter(f(1)) == Counter([1, 2])"])
 cheat("patched", "exec", in_process, "import builtins\nbuiltins.exec = lambda *a: None")
 cheat("patched", "compile", in_process, "import builtins\nreal = builtins.compile\nbuiltins.compile = lambda s, *a, **k: real('pass', *a, **k)")
 cheat("patched", "the builtin itself answers for a missing function", in_process, "pass", ["assert sum([1, 2]) == 3"])
