@@ -388,10 +388,9 @@ def own_tasks():
 class Box:
     """The walls around every U. Z takes them on itself, once; each fork inherits them at no cost."""
     def __init__(self, mode, site, control):
-        import tempfile
         self.spaces, readable = mode != MODES[2], library(site)
-        if self.spaces: enter_namespaces(mode, readable)
-        self.scratch = SCRATCH if self.spaces else tempfile.mkdtemp(prefix="sandbox-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+        if self.spaces: enter_namespaces(mode, readable)     # every library that is loaded here costs each fork: no import without need
+        self.scratch = SCRATCH if self.spaces else of("tempfile", "mkdtemp")(prefix="sandbox-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
         self.parent, ours = socket.socketpair()
         if os.fork():                                  # the first child is process 1 of the pid namespace
             self.parent.close(), control.close()
@@ -473,12 +472,12 @@ class Box:
 
 def receive_job(control):
     """The next job and the socket that comes with it, or None when the caller is gone."""
-    try: data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
+    try: data, extra, _, _ = control.recvmsg(1 << 16, socket.CMSG_SPACE(4))
     except OSError: return None
-    if len(data) < 4: return None
+    if len(data) < 4 or not extra: return None
     missing = struct.unpack_from("<I", data)[0] + 4 - len(data)
     if missing > 0: data += control.recv(missing, socket.MSG_WAITALL)
-    return json.loads(data[4:]), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fds[0])
+    return json.loads(data[4:]), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, struct.unpack("i", extra[0][2])[0])
 
 
 def serve_candidates(control, box):
