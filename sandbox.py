@@ -247,7 +247,7 @@ def beside(sock, module, job, send, exec=exec, compile=compile, Failed=Assertion
 
 MODES = ("user namespace", "namespaces as root", "no namespaces")               # tried in this order when Z starts
 NAMESPACES = 0x10000000 | 0x20000000 | 0x40000000 | 0x00020000 | 0x08000000 | 0x04000000      # user, pid, network, mount, ipc, uts
-NOBODY, SCRATCH = 65534, "/scratch/tmp"                # Landlock allows what is below /scratch, so a fresh mount needs no new rule
+NOBODY, NOT_HERE, SCRATCH = 65534, 78, "/scratch/tmp"              # Landlock allows what is below /scratch, so a fresh mount needs no new rule
 ARM = os.uname().machine == "aarch64"
 DENIED = {               # syscall: its number on x86_64 and on aarch64
     "socket": (41, 198), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
@@ -327,6 +327,7 @@ def enter_namespaces(mode, readable):
         writer = os.fork()                             # root's map of two ids can only be written from the parent namespace
         if writer == 0:
             try:
+                os.close(go_w)                         # or a parent that fails would wait for us, and we for it
                 if os.read(go_r, 1):
                     if uid: open(f"/proc/{me}/setgroups", "w").write("deny")
                     for kind, own in (("uid", uid), ("gid", gid)):
@@ -428,9 +429,9 @@ class Box:
             libc("umount2", SCRATCH.encode(), 2)
             self.mount()
             requests.sendall(b"!")
-        os.wait()
+        code = os.waitstatus_to_exitcode(os.wait()[1])
         if not self.spaces: of("shutil", "rmtree")(self.scratch, ignore_errors=True)
-        os._exit(0)
+        os._exit(code & 255)
 
     def mount(self): libc("mount", b"tmpfs", SCRATCH.encode(), b"tmpfs", 6, b"mode=1777,size=64m,nr_inodes=4096")
 
@@ -851,25 +852,24 @@ class Worker:
 
     def start(self, role):
         """Starts a helper; Z in the first mode that works here."""
-        global MODE
+        global MODE, MISSING
         import subprocess
         if not sys.platform.startswith("linux"): raise RuntimeError("sandbox.py needs Linux: it stands on namespaces, Landlock and seccomp")
         folder, file = os.path.split(os.path.abspath(__file__))
         site = [p for p in sys.path if "site-packages" in p or "dist-packages" in p]
-        while True:
-            ours, theirs = socket.socketpair()
+        for _ in range(9):
+            mode, (ours, theirs) = MODE, socket.socketpair()
             code = (f"import sys; sys.path.insert(0, {folder!r}); import {os.path.splitext(file)[0]} as s; "
-                    f"sys.path[:] = [p for p in sys.path if p not in ('', {folder!r})] + {site!r}; s.serve({role!r}, {theirs.fileno()}, {MODES[MODE]!r}, {site!r})")
+                    f"sys.path[:] = [p for p in sys.path if p not in ('', {folder!r})] + {site!r}; s.serve({role!r}, {theirs.fileno()}, {MODES[mode]!r}, {site!r})")
             process = subprocess.Popen([sys.executable, "-s", "-S", "-X", "utf8", "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                        cwd="/", env={"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}, start_new_session=True)       # Ctrl-C is for the caller
             theirs.close()
             self.helpers[role] = process, ours
             if role == "T": return
             try: self.layers = Link(ours).receive(); return
-            except EOFError:
-                self.drop(role)
-                if MODE == len(MODES) - 1: raise RuntimeError("the sandbox's helper process does not start") from None
-                MODE += 1
+            except EOFError: refused = self.drop(role) == NOT_HERE
+            if refused and mode < len(MODES) - 1: MODE, MISSING = max(MODE, mode + 1), None
+        raise RuntimeError("the sandbox's helper process does not start")
 
     def submit(self, job, isolation="auto"):
         for role in ("Z", "T"):
@@ -899,7 +899,7 @@ class Worker:
         status, error = t["status"], t["error"]
         if t["gone"]:
             status = reason if reason in ("timeout", "output") else "error"
-            error = f"{reason} limit" if status != "error" else f"ended by signal {os.WTERMSIG(ended)}" if os.WIFSIGNALED(ended) else f"ended with exit code {os.WEXITSTATUS(ended)} before its tests were done"
+            error = f"{'time' if status == 'timeout' else 'output'} limit reached" if status != "error" else f"ended by signal {os.WTERMSIG(ended)}" if os.WIFSIGNALED(ended) else f"ended with exit code {os.WEXITSTATUS(ended)} before its tests were done"
         return Result(status, status == "passed", t["passed_tests"], len(self.job["tests"]), seconds, stdout, error, t["trust"])
 
     def drop(self, role):
@@ -1058,7 +1058,9 @@ def serve(role, fd, mode, site):
     import collections, copy, ctypes, functools, heapq, math, string, typing    # what many programs import: loaded once, not in each child
     if role == "T": return serve_tests(control, site)
     try: box = Box(mode, site, control)
-    except OSError as error: sys.exit(f"sandbox: no {mode}: {error}" if mode == MODES[-1] else 3)       # the caller tries the next mode
+    except OSError as error:                           # the caller tries the next mode
+        if mode == MODES[-1]: print(f"sandbox: {mode}: {error}", file=sys.stderr)
+        os._exit(NOT_HERE)
     control.sendall(frame(box.layers))
     serve_candidates(control, box)
 
