@@ -5,17 +5,17 @@ Writes  data/<dataset>/{sft,rm,ppo,validation,test}.jsonl, those splits that the
 
 A line of data/tiny/sft.jsonl, spread out:
 
-    {"task_id": "tiny/sft/24",
-     "prompt": "\"\"\"take it twice, then reverse its digits.\"\"\"\ndef solve(n):\n",
-     "prefix": "def solve(n):\n",
+    {"task_id": "tiny/sft/28",
+     "prompt": "\"\"\"say how many words there are, then multiply it by itself.\"\"\"\ndef solve(s):\n",
+     "prefix": "def solve(s):\n",
      "setup": "",
      "entry_point": "solve",
-     "tests": ["assert solve(0) == 0", "assert solve(126) == 252", "assert solve(76) == 251", "assert solve(10) == 2",
-               "assert solve(84) == 861", "assert solve(102) == 402"],
-     "solution": "    n = n * 2\n    return int(''.join(sorted(str(n))))\n",
+     "tests": ["assert solve('') == 0", "assert solve('aa aa') == 4", "assert solve('b12 tree b12 an') == 16",
+               "assert solve('a') == 1", "assert solve('Egg stone Egg') == 9", "assert solve('no. hey! to an') == 16"],
+     "solution": "    n = len(s.split())\n    return n * 2\n",
      "source": "tiny",
-     "steps": ["times_two", "reverse_digits"],
-     "flaw": [{"step": 2, "kind": "reverse_digits", "flaw": "sorted instead"}]}
+     "steps": ["count_words", "squared"],
+     "flaw": [{"step": 2, "kind": "squared", "flaw": "wrong operator"}]}
 
 `prefix + solution` is the program; `setup` runs after it and before the tests. Only the tiny set has `steps`, and only
 its sft.jsonl has `flaw` (null for a correct solution).
@@ -75,9 +75,9 @@ class Config:
     validation: int = 300  # tiny: problems that choose the best checkpoint
     test: int = 500  # tiny: problems that nothing is chosen by; 500 give a 95% interval of about 4 points
     lengths: list[float] = shares(5, 30, 35, 20, 10)  # tiny: shares of problems with 1, 2, .. steps; longer is harder
-    kinds: int = 48  # tiny: kinds of step in use, of 72; with more, a kind is seen more rarely and all stages need longer
-    hard_share: float = 0.17  # tiny: share of step kinds that are mostly wrong; more lowers greedy SFT accuracy
-    hard_flaws: list[float] = shares(0.58, 0.7)  # tiny: range of their flaw probabilities
+    kinds: int = 40  # tiny: kinds of step in use, of 72; with more, a kind is seen more rarely and all stages need longer
+    hard_share: float = 0.2  # tiny: share of step kinds that are mostly wrong; more lowers greedy SFT accuracy
+    hard_flaws: list[float] = shares(0.58, 0.68)  # tiny: range of their flaw probabilities
     easy_flaws: list[float] = shares(0.05, 0.3)  # tiny: range of the others'; more lowers sampled SFT accuracy
     usual_flaw: float = 0.85  # tiny: share of flaws that are their kind's usual one; high, so that greedy picks it
     missing_step: float = 0.025  # tiny: share of flaws that are a missing step; at 0.25 the RM learns length alone

@@ -45,7 +45,7 @@ class Config:
     data: str = "data/tiny/sft.jsonl"  # problems with a solution, JSONL
     out: str = "out/sft"  # folder for the fine-tuned model
     model: str = "scratch"  # 'scratch' builds the tiny model, else a Hugging Face name or folder; paper: deepseek-coder-6.7b
-    epochs: float = 5.0  # passes over the training examples; paper: 5
+    epochs: float = 4.5  # passes over the training examples; paper: 5
     batch_size: int = 64  # examples per optimiser step; not given in the paper
     micro_batch_size: int = 64  # examples per forward pass; smaller needs less memory and changes nothing else
     lr: float = 2e-3  # peak learning rate of AdamW; paper: 1e-5 (a pretrained model)

@@ -28,7 +28,7 @@ for pair in "none bw" "br random2"; do
     start=$SECONDS
     jobs=""
     for strategy in $pair; do
-        "$python" 04_pf_ppo.py --strategy "$strategy" --threads 1 --resume > >(sed "s/^/[$strategy] /") &
+        "$python" 04_pf_ppo.py --strategy "$strategy" --threads 1 --resume > >(sed -u "s/^/[$strategy] /") &
         jobs="$jobs $!"
     done
     for job in $jobs; do wait "$job"; done
