@@ -837,7 +837,7 @@ def serve_tests(control, site):
     limit(resource.RLIMIT_AS, JUDGE_MB << 20)
     while got := receive_job(control):
         job, sock = got                                # beyond this CPU time the kernel ends T, and the caller starts another
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + job["timeout"]) + 3, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + job["timeout"]) + 2, resource.RLIM_INFINITY))
         try: report = judge(job, sock)
         except Exception as error: report = {"status": "error", "passed_tests": 0, "error": one_line(error), "trust": "split", "gone": False, "retire": True}
         sock.close()

@@ -159,7 +159,7 @@ FORGED = {
 @pytest.mark.parametrize("name", FORGED)
 def test_forged_messages_are_only_data(name):
     code = FIND + FORGED[name] + "\ndef add(a, b): return 0"
-    result = sandbox.run(code, ADD, entry_point="add", timeout=1.0)
+    result = sandbox.run(code, ADD, entry_point="add", timeout=0.3)
     assert not result.passed and result.passed_tests == 0, result
     good = sandbox.run("def add(a, b): return a + b", ADD, entry_point="add")          # the helpers are well after it
     assert good.passed, good
