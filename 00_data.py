@@ -77,7 +77,7 @@ class Config:
     lengths: list[float] = shares(5, 30, 35, 20, 10)  # tiny: shares of problems with 1, 2, .. steps; longer is harder
     kinds: int = 40  # tiny: kinds of step in use, of 72; with more, a kind is seen more rarely and all stages need longer
     hard_share: float = 0.2  # tiny: share of step kinds that are mostly wrong; more lowers greedy SFT accuracy
-    hard_flaws: list[float] = shares(0.58, 0.68)  # tiny: range of their flaw probabilities
+    hard_flaws: list[float] = shares(0.62, 0.7)  # tiny: range of their flaw probabilities
     easy_flaws: list[float] = shares(0.05, 0.3)  # tiny: range of the others'; more lowers sampled SFT accuracy
     usual_flaw: float = 0.85  # tiny: share of flaws that are their kind's usual one; high, so that greedy picks it
     missing_step: float = 0.025  # tiny: share of flaws that are a missing step; at 0.25 the RM learns length alone
@@ -752,8 +752,11 @@ def check_record(place, record, dataset):
 def humaneval_problem(record):
     """HumanEval: the response goes on where the prompt ends, and `check` calls the function."""
     seed = "import random\nrandom.seed(0)\n" if "random" in record["test"] else ""  # the same label every time
+    # A few tests call helpers that the prompt defines, such as `poly`: they are the tests' own, so that a response which
+    # defines them anew, and wrongly, does not judge itself.
+    helpers = record["prompt"][:record["prompt"].rindex(f"def {record['entry_point']}(")]
     return {"task_id": record["task_id"], "prompt": record["prompt"], "prefix": record["prompt"],
-            "setup": seed + record["test"], "entry_point": record["entry_point"],
+            "setup": seed + helpers + record["test"], "entry_point": record["entry_point"],
             "tests": [f"check({record['entry_point']})"], "solution": record["canonical_solution"],
             "source": "humaneval"}
 

@@ -337,6 +337,16 @@ def test_humaneval(tmp_path):
             if not result.passed] == []
 
 
+def test_humaneval_helpers_of_the_tests_are_not_the_responses_own(tmp_path):
+    """HumanEval/32 tests `find_zero` by `poly`, which the prompt defines; a response that redefines it gets no pass."""
+    splits = written(tmp_path, "humaneval", shared("HumanEval.jsonl.gz"))
+    problem = next(problem for problem in splits["test"] if problem["task_id"] == "HumanEval/32")
+    cheat = "    return 0.0\n\ndef poly(xs, x):\n    return 0.0\n"
+    result = sandbox.run(sandbox.program(problem, cheat), problem["tests"], setup=problem["setup"],
+                         entry_point=problem["entry_point"])
+    assert not result.passed
+
+
 def test_humaneval_answer_with_the_whole_function(tmp_path):
     """A chat model writes the signature again: the helper functions of the prompt must stay, the stub must go."""
     problems = written(tmp_path, "humaneval", shared("HumanEval.jsonl.gz"))["test"]
