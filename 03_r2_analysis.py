@@ -124,7 +124,7 @@ def plot_reliability(curves, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 4.2), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(curves), figsize=(1.4 + 5.2 * len(curves), 4.2), sharey=True, squeeze=False)
     for axis, (policy, repeats) in zip(axes[0], curves.items()):
         for number, (x, y) in enumerate(repeats, 1):
             axis.plot(x, y, "o-", alpha=0.7, label=f"repeat {number}")
@@ -132,7 +132,7 @@ def plot_reliability(curves, path):
         axis.grid(alpha=0.3)
     axes[0][0].set(ylabel="actual score: share that pass their tests", ylim=(0, 1))
     axes[0][0].legend()
-    figure.suptitle("Reliability of the reward model: does a higher reward mean more correct programs?")
+    figure.suptitle("Reliability: do programs with a higher reward pass more often?")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -155,8 +155,9 @@ def plot_r2(table, path):
             axis.set_xticks(range(len(rows)), rows, rotation=40, ha="right")
         axis.set(title=title, ylim=(0, 1.02))
         axis.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("R² of reward and actual score")
-    axes[0].legend(loc="lower right")
+    axes[0].set_ylabel("R² of a line, reward to actual score")
+    if len(table) > 1:
+        axes[0].legend(loc="lower right")
     figure.suptitle("How well the reward explains the actual score of the responses that a filter keeps")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

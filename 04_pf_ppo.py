@@ -64,7 +64,7 @@ class Config:
     policy: str = "out/sft"  # the SFT model: the policy starts from it and is held near it
     reward_model: str = "out/rm"  # the RM; the critic starts from it
     out: str = ""  # output folder; empty: out/ppo_<strategy>
-    iterations: int = 20  # rounds of generate, filter, update; paper: 5 passes over 3k prompts
+    iterations: int = 25  # rounds of generate, filter, update; paper: 5 passes over 3k prompts
     prompts_per_iteration: int = 48  # n; authors' scripts: 1024 rollouts
     responses_per_prompt: int = 5  # N, responses sampled for each prompt; paper: 5
     top: float = 0.5  # top*: rewards above are kept, in standard deviations of the RM's reward; not given in the paper
@@ -724,7 +724,7 @@ def plot_curves(metrics, path, title):
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     steps = [m["iteration"] for m in metrics if m["iteration"]]
-    panels = [("rm_score", "RM reward of the rollouts", "standard deviations of the SFT policy's reward", "tab:orange"),
+    panels = [("rm_score", "RM reward of the rollouts", "in standard deviations, SFT policy = 0", "tab:orange"),
               ("pass_rate", "share of programs that pass their tests", "pass rate", "tab:green"),
               ("kl_per_response", "distance from the SFT policy", "KL, nats per response", "tab:blue")]
     for axis, (name, heading, label, colour) in zip(axes, panels):
@@ -735,7 +735,8 @@ def plot_curves(metrics, path, title):
     checks = [m for m in metrics if "validation_pass_at_1" in m]
     axes[1].plot([m["iteration"] for m in checks], [m["validation_pass_at_1"] for m in checks], "o--", color="tab:green",
                  label="validation problems, greedy")
-    axes[1].legend()
+    axes[1].set_ylim(0, 1)
+    axes[1].legend(loc="lower right")
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
