@@ -131,7 +131,7 @@ def plot_reliability(curves, path):
         axis.set(title=f"responses of {policy}", xlabel="RM reward, mean of the group (standard deviations)")
         axis.grid(alpha=0.3)
     axes[0][0].set(ylabel="actual score: share that pass their tests", ylim=(0, 1))
-    axes[0][0].legend()
+    axes[0][0].legend(loc="upper left")
     figure.suptitle("Reliability: do programs with a higher reward pass more often?")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
