@@ -1125,7 +1125,7 @@ def records(path, needed):
     return found
 
 
-def finished(path, samples):
+def judged_before(path, samples):
     """How many samples an earlier run has written to `path`, and the length of their lines; a last line may be cut off."""
     if not os.path.exists(path): return 0, 0
     with open(path, "rb") as file: data = file.read()
@@ -1147,7 +1147,7 @@ def score_file(args):
     for sample in samples:
         number = sample.pop("\0line")
         if sample["task_id"] not in problems: raise BadInput(f"{args.samples}, line {number}: field 'task_id': {sample['task_id']!r} is not in {args.problems}")
-    start, size = finished(args.output, samples)
+    start, size = judged_before(args.output, samples)
     jobs = []
     for sample in samples[start:]:
         problem = problems[sample["task_id"]]
