@@ -23,8 +23,8 @@ Writes  out/ppo_<strategy>/best, last    ordinary Hugging Face folders: best by 
 Run     python 04_pf_ppo.py --strategy bw
 
 Simplified against the paper (section 4): the tiny setting makes one pass over each minibatch (paper: each response is used
-three times on average), has larger learning rates (a model of 0.9M parameters), a larger KL coefficient (with 0.02 to 0.05
-this small model collapses: README), and rewards its policy for nothing but the RM score.
+three times on average), has larger learning rates (a model of 0.9M parameters), a larger KL coefficient (with 0.03
+this small model's programs get worse while the reward rises: README), and rewards its policy for nothing but the RM score.
 """
 
 import argparse
