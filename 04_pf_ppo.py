@@ -323,8 +323,7 @@ def autocast(device):
 
 def check_model_path(path):
     """A missing folder is an error at once; taken for a name on the hub it would cost a minute without a network."""
-    local = Path(path).is_absolute() or Path(path).parts[0] in ("out", ".", "..")
-    if local and not Path(path).is_dir():
+    if str(path).startswith(("/", ".", "out/")) and not Path(path).is_dir():
         fail(f"no model at {path}; run the stage that writes it first (README, the table of stages)")
 
 
@@ -342,18 +341,27 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def load_model(model_class, path, device, **options):
-    """A float32 model with every dropout at 0: rollout and update must see the same policy, or ratios start off 1."""
+def load_model(model_class, path, device, tokens=0, **options):
+    """A float32 model with every dropout at 0: rollout and update must see the same policy, or ratios start off 1.
+
+    Args: tokens: rows that the embedding must have, len(tokenizer). A pad token that `load_tokenizer` had to add gets the
+        mean of the other rows: policy and reference get the same one, and no other token's logit changes.
+    """
     check_model_path(path)
     try:
         config = AutoConfig.from_pretrained(path, **options)
-        config.classifier_dropout = 0.0  # the token classification head would otherwise take 0.1
-        for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
-            if hasattr(config, name):
+        for name, value in config.to_dict().items():  # every architecture has names of its own for them
+            if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
+        config.classifier_dropout = 0.0  # where it is not set, the token classification head would take 0.1
         model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         fail(f"no model at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    rows = model.get_input_embeddings().num_embeddings
+    if rows < tokens:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+            layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
     return model.to(device)
 
 
@@ -364,6 +372,7 @@ def save_model(model, tokenizer, directory):
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
+        shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
         os.replace(directory, f"{directory}.old")  # never a moment without a whole checkpoint on disk
     os.replace(temporary, directory)
     shutil.rmtree(f"{directory}.old", ignore_errors=True)
@@ -482,9 +491,14 @@ def cut_at_eos(ids, eos):
 
 
 def decode_response(tokenizer, ids):
-    """The text of a response without its EOS."""
+    """The text of a response without its EOS, as it continues a prompt.
+
+    SentencePiece tokenizers (Llama 2, CodeLlama, Mistral) drop a space at the start of a text: of "    return x" three would
+    be left, and no program would run. Behind a line break they drop nothing.
+    """
     ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    start = tokenizer("\n", add_special_tokens=False).input_ids
+    return tokenizer.decode(start + ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).removeprefix("\n")
 
 
 def run_tests(problems, responses, workers, timeout):
@@ -766,8 +780,8 @@ def main(cfg):
 
     # ---- four models: policy and critic learn, reference and reward model are frozen
     tokenizer = load_tokenizer(cfg.policy)
-    policy = load_model(AutoModelForCausalLM, cfg.policy, device).train()
-    reference = load_model(AutoModelForCausalLM, cfg.policy, device).eval().requires_grad_(False)
+    policy = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer)).train()
+    reference = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer)).eval().requires_grad_(False)
     reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, device).eval().requires_grad_(False)
     if not hasattr(reward_model.config, "reward_mean") or not hasattr(reward_model.config, "reward_std"):
         fail(f"{cfg.reward_model} has no reward_mean and reward_std in its config; train it with 02_reward_model.py")

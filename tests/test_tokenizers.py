@@ -1,0 +1,275 @@
+"""Tokenizers as they come with real models, built here: where a prompt ends, BOS once, EOS once, a pad that is not EOS.
+
+The second half takes three of them, each with another architecture, through every stage.
+"""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+DEVICE = torch.device("cpu")
+PROMPT = "def f(xs):\n"
+RESPONSES = ["    return xs\n", "return [x for x in xs]", "\n\n    return 1\n", "\treturn xs", "```python\nx = 1\n```", "x = 'Zürich ☃'"]
+CHAT = "{% for m in messages %}<|user|>\n{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+
+# name: options of `make_tokenizer`, the number of BOS in an encoded prompt
+KINDS = {
+    "plain": ({"pad_token": "<pad>"}, 0),
+    "chat": ({"pad_token": "<pad>", "chat_template": CHAT}, 0),
+    "chat_without_pad": ({"chat_template": CHAT}, 0),
+    "no_pad": ({}, 0),
+    "pad_is_eos": ({"pad_token": "</s>"}, 0),
+    "all_one": ({"bos_token": "</s>", "pad_token": "</s>", "unk_token": "</s>"}, 0),  # GPT-2: one token for everything
+    "no_bos": ({"pad_token": "<pad>", "bos_token": None}, 0),
+    "adds_bos": ({"pad_token": "<pad>", "adds": "<s> $A"}, 1),
+    "bos_of_template_and_tokenizer": ({"pad_token": "<pad>", "adds": "<s> $A", "chat_template": "{{ bos_token }}" + CHAT}, 1),
+    "bos_of_tokenizer_not_of_template": ({"pad_token": "<pad>", "adds": "<s> $A", "chat_template": CHAT}, 0),
+    "appends_eos": ({"pad_token": "<pad>", "adds": "$A </s>"}, 0),
+    "adds_bos_appends_eos_pads_with_eos": ({"pad_token": "</s>", "adds": "<s> $A </s>"}, 1),
+    "sentencepiece": ({"style": "metaspace", "adds": "<s> $A"}, 1),  # Llama 2, CodeLlama and Mistral in transformers 5
+    "sentencepiece_legacy": ({"style": "prepend", "adds": "<s> $A"}, 1),  # and their tokenizer.json before
+    "sentencepiece_chat": ({"style": "metaspace", "adds": "<s> $A", "chat_template": "{{ bos_token }}" + CHAT}, 1),
+}
+
+
+def make_tokenizer(folder, style="byte_level", adds=None, chat_template=None, **options):
+    """Save a small BPE tokenizer with tokens <s> and </s>; `adds`: what its post-processor puts around a text."""
+    from transformers import PreTrainedTokenizerFast
+
+    sentencepiece = style != "byte_level"
+    texts = [PROMPT, "    return xs return [x for x in xs] x = 1 x = 2 x = 3" if sentencepiece else "\n".join(RESPONSES)] * 5
+    tokenizer = Tokenizer(models.BPE(byte_fallback=sentencepiece))
+    if style == "metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    elif style == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=120 if sentencepiece else 320, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=[] if sentencepiece else pre_tokenizers.ByteLevel.alphabet()))
+    if sentencepiece:  # a character that is no token, and the line break is none, comes as its bytes
+        state = json.loads(tokenizer.to_str())
+        vocabulary = {token: i for token, i in state["model"]["vocab"].items() if "\n" not in token}
+        state["model"]["merges"] = [merge for merge in state["model"]["merges"] if "\n" not in "".join(merge)]
+        names = [*vocabulary, *(f"<0x{byte:02X}>" for byte in range(256))]
+        state["model"]["vocab"] = {token: i for i, token in enumerate(names)}
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                               decoders.Strip(" ", 1, 0)])
+    if adds:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=adds, special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"bos_token": "<s>", "eos_token": "</s>", **options})
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, ppo, tmp_path):
+    """(tokenizer as a stage loads it, its number of BOS, whether it has a chat template)"""
+    options, bos = KINDS[request.param]
+    make_tokenizer(tmp_path / "tokenizer", **options)
+    return ppo.load_tokenizer(str(tmp_path / "tokenizer")), bos, "chat_template" in options
+
+
+def test_a_prompt_has_one_bos_or_none_and_ends_where_the_response_begins(ppo, kind):
+    tokenizer, bos, chat = kind
+    ids = ppo.encode_prompt(tokenizer, PROMPT)
+    assert ids.count(1) == bos and (not bos or ids[0] == 1)  # <s> has id 1
+    assert tokenizer.eos_token_id == 2 and 2 not in ids
+    text = tokenizer.decode(ids[bos:])
+    assert text == (f"<|user|>\n{PROMPT}\n<|assistant|>\n" if chat else PROMPT)
+
+
+def test_the_tokenizers_are_what_they_say(tmp_path):
+    """Without our helpers they do the harm that the other tests are about."""
+    def plain(name):
+        tokenizer = make_tokenizer(tmp_path / name, **KINDS[name][0])
+        return tokenizer, tokenizer(PROMPT).input_ids
+
+    tokenizer, _ = plain("bos_of_template_and_tokenizer")
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True)
+    assert tokenizer(chat).input_ids[:2] == [1, 1]
+    assert plain("appends_eos")[1][-1] == 2 and plain("adds_bos")[1][0] == 1 and plain("no_bos")[0].bos_token_id is None
+    assert plain("no_pad")[0].pad_token_id is None and plain("pad_is_eos")[0].pad_token_id == 2
+    tokenizer, _ = plain("sentencepiece")
+    assert tokenizer.decode(tokenizer("    return xs", add_special_tokens=False).input_ids) == "   return xs"
+
+
+@pytest.mark.parametrize("text", RESPONSES)
+def test_a_response_has_one_eos_and_comes_back_as_it_was(ppo, sft, kind, text):
+    tokenizer, _, _ = kind
+    ids = sft.encode_response(tokenizer, text)
+    assert ids[-1] == 2 and ids.count(2) == 1 and 1 not in ids
+    assert ppo.decode_response(tokenizer, ids) == text
+    assert ppo.decode_response(tokenizer, ids[:-1]) == text  # truncated: nothing is taken off the end
+
+
+def test_a_response_continues_its_prompt(ppo, sft, kind):
+    """Prompt and response decoded together are prompt + response: no space of SentencePiece's between them."""
+    tokenizer, bos, chat = kind
+    for text in RESPONSES:
+        together = ppo.encode_prompt(tokenizer, PROMPT)[bos:] + sft.encode_response(tokenizer, text)[:-1]
+        assert tokenizer.decode(together).endswith(("<|assistant|>\n" if chat else PROMPT) + text)
+
+
+def test_pad_is_not_eos_and_stays_the_same_when_saved(ppo, kind, tmp_path):
+    tokenizer, _, _ = kind
+    assert tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id == 2
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = ppo.load_tokenizer(str(tmp_path / "saved"))
+    assert (again.pad_token_id, again.eos_token_id, len(again)) == (tokenizer.pad_token_id, 2, len(tokenizer))
+    assert ppo.encode_prompt(again, PROMPT) == ppo.encode_prompt(tokenizer, PROMPT)
+
+
+# ------------------------------------------------------------------------------------------- a base model in every stage
+
+
+STAGE_KINDS = {"sentencepiece": "llama", "all_one": "gpt2", "chat_without_pad": "qwen2"}  # each gets a new pad token
+PROBLEM = {"prompt": "", "prefix": "", "setup": "", "entry_point": None, "tests": ["assert x == 1"], "source": "test"}
+
+
+@pytest.fixture(scope="module", params=STAGE_KINDS, ids=lambda name: f"{STAGE_KINDS[name]}-{name}")
+def base(request, tmp_path_factory):
+    """A folder with problems and a random base model that has no row for a pad token: {folder, tokenizer, problems}."""
+    from conftest import tiny_config
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = make_tokenizer(folder / "base", **KINDS[request.param][0])
+    config = tiny_config(STAGE_KINDS[request.param])
+    config.vocab_size, config.eos_token_id, config.pad_token_id = len(tokenizer), 2, None
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    # Half of the solutions are wrong, so that the policy passes sometimes and the reward model gets its pairs.
+    problems = [{**PROBLEM, "task_id": f"t/{i}", "prompt": "xs " * (i % 4) + "x\n", "solution": f"x = {1 + i // 4 % 2}\n"}
+                for i in range(48)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    return {"folder": folder, "tokenizer": tokenizer, "problems": problems}
+
+
+@pytest.fixture(scope="module")
+def tuned(base, sft):
+    """`base` after 01_sft.py, as a reader runs it on a model of his own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(base["folder"])
+        sft.main(sft.Config(model=str(base["folder"] / "base"), data="problems.jsonl", epochs=40, batch_size=16, lr=1e-2,
+                            log_every=10, max_length=64))
+    return {**base, "policy": str(base["folder"] / "out/sft")}
+
+
+def test_sft_with_a_new_pad_token_trains_and_saves(base, tuned, ppo):
+    from transformers import AutoModelForCausalLM
+
+    metrics = [json.loads(line) for line in (base["folder"] / "out/sft/metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["validation_loss"] < 0.5 < metrics[0]["train_loss"]
+    tokenizer, model = ppo.load_tokenizer(tuned["policy"]), AutoModelForCausalLM.from_pretrained(tuned["policy"])
+    pad = tokenizer.pad_token_id
+    assert pad == len(base["tokenizer"]) == model.config.pad_token_id  # the new row is the last
+    assert model.get_input_embeddings().num_embeddings == model.get_output_embeddings().weight.shape[0] == pad + 1
+
+
+def test_a_model_without_a_row_for_pad_gets_the_mean(base, ppo):
+    """Loaded twice, policy and reference, it is the same model, and the logits of its own tokens are what they were."""
+    from transformers import AutoModelForCausalLM
+
+    path = str(base["folder"] / "base")
+    tokens = len(ppo.load_tokenizer(path))
+    one, two = (ppo.load_model(AutoModelForCausalLM, path, DEVICE, tokens) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    for layer in (one.get_input_embeddings(), one.get_output_embeddings()):
+        assert torch.allclose(layer.weight[-1], layer.weight[:-1].mean(0)) and len(layer.weight) == tokens
+    ids = torch.tensor([[5, 6, 7]])
+    before = AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits
+    assert torch.allclose(one.eval()(ids).logits[..., :-1], before, atol=1e-5)
+
+
+def test_helpers_of_every_stage_read_the_folder_alike(tuned, sft, rm, r2, ppo, evaluation):
+    prompts = [problem["prompt"] for problem in tuned["problems"][:6]]
+    seen = []
+    for stage in (sft, rm, r2, ppo, evaluation):
+        tokenizer = stage.load_tokenizer(tuned["policy"])
+        policy = stage.load_model(stage.AutoModelForCausalLM, tuned["policy"], DEVICE, len(tokenizer)).eval()
+        ids = [stage.encode_prompt(tokenizer, prompt) for prompt in prompts]
+        texts = []
+        if stage is not sft:
+            groups = stage.generate(policy, tokenizer, ids, 1, 12, 0.0, None, 64)
+            alone = [stage.generate(policy, tokenizer, [prompt], 1, 12, 0.0, None, 64)[0] for prompt in ids]
+            assert groups == alone  # padding on the left changes nothing
+            texts = [stage.decode_response(tokenizer, group[0]) for group in groups]
+            assert {"x = 1\n", "x = 2\n"} >= set(texts)
+        seen.append((ids, tokenizer.pad_token_id, texts))
+    assert all(s[:2] == seen[0][:2] for s in seen) and all(s[2] == seen[1][2] for s in seen[1:])
+
+
+def test_rows_with_the_new_pad_token_are_scored_as_if_alone(tuned, ppo):
+    tokenizer = ppo.load_tokenizer(tuned["policy"])
+    prompts = [ppo.encode_prompt(tokenizer, problem["prompt"]) for problem in tuned["problems"][:4]]
+    responses = [[5, 2], [6, 7, 8, 2], [9, 2], [5, 6, 7]]
+    policy = ppo.load_model(ppo.AutoModelForCausalLM, tuned["policy"], DEVICE)
+    reward_model = ppo.load_model(ppo.AutoModelForSequenceClassification, tuned["policy"], DEVICE, num_labels=1)
+    batch = ppo.make_batch(prompts, responses, tokenizer.pad_token_id)
+    logprobs = ppo.response_logprobs(policy, *ppo.model_inputs(batch), 4, 1.0)
+    scores = ppo.score_responses(reward_model, [p + r for p, r in zip(prompts, responses)], tokenizer.pad_token_id, 4)
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        alone = ppo.response_logprobs(policy, *ppo.model_inputs(ppo.make_batch([prompt], [response], 0)), len(response), 1.0)
+        assert torch.allclose(logprobs[i, :len(response)], alone[0], atol=1e-4)
+        assert torch.allclose(scores[i], reward_model(torch.tensor([prompt + response])).logits[0, 0], atol=1e-4)
+
+
+def test_all_stages_run_on_it(tuned, rm, r2, ppo, evaluation, monkeypatch):
+    monkeypatch.chdir(tuned["folder"])
+    shared = {"workers": 1, "max_new_tokens": 12}
+    rm.main(rm.Config(data="problems.jsonl", epochs=4, lr=3e-3, batch_size=8, **shared))
+    r2.main(r2.Config(data="problems.jsonl", responses_per_prompt=4, repeats=1, bins=4, **shared))
+    ppo.main(ppo.Config(data="problems.jsonl", validation="problems.jsonl", iterations=3, prompts_per_iteration=8,
+                        critic_warmup=1, minibatch_size=8, **shared))
+    evaluation.main(evaluation.Config(policies=["out/sft", "out/ppo_bw/last"], problems=["problems.jsonl"], samples=2, ks=[1],
+                                      **shared))
+    results = json.loads((tuned["folder"] / "out/eval/results.json").read_text())
+    assert 0.1 < results[0]["pass@1"]["mean"] < 0.9  # half of the solutions were wrong
+    last = json.loads((tuned["folder"] / "out/ppo_bw/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["policy_ratio"] == pytest.approx(1.0, abs=0.2) and last["kept"] == 16
+
+
+def test_a_base_model_is_evaluated_as_it_is(base, evaluation, monkeypatch):
+    """Without stage 1: no row for a pad token in its embedding, prompts of different lengths in a batch."""
+    monkeypatch.chdir(base["folder"])
+    evaluation.main(evaluation.Config(policies=[str(base["folder"] / "base")], problems=["problems.jsonl"], samples=0,
+                                      max_new_tokens=4, workers=1, out="out/eval_base"))
+    assert json.loads((base["folder"] / "out/eval_base/results.json").read_text())[0]["problems"] == 48
+
+
+# ------------------------------------------------------------------------------------------------------ loading, saving
+
+
+def test_every_dropout_is_off_whatever_its_name(ppo, tmp_path):
+    """Starcoder2 calls it residual_dropout, GPT-2 resid_pdrop, OPT dropout."""
+    from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Starcoder2Config
+
+    for name, config in (("starcoder2", Starcoder2Config(vocab_size=20, hidden_size=16, num_hidden_layers=1, intermediate_size=16,
+                                                         num_attention_heads=2, num_key_value_heads=1, residual_dropout=0.5)),
+                         ("gpt2", GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5)),
+                         ("opt", OPTConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2,
+                                           word_embed_proj_dim=16, dropout=0.5))):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        ids = torch.tensor([[5, 6, 7, 8]])
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name).train()
+        assert not torch.equal(theirs(ids).logits, theirs(ids).logits)  # or this test shows nothing
+        ours = ppo.load_model(AutoModelForCausalLM, tmp_path / name, DEVICE).train()
+        assert torch.equal(ours(ids).logits, ours(ids).logits)
+
+
+def test_saving_goes_on_where_a_kill_left_an_old_folder(ppo, base, tmp_path):
+    """Killed after the new checkpoint got its name and before the old one was deleted: the next save is not in its way."""
+    path = str(base["folder"] / "base")
+    model, tokenizer = ppo.load_model(ppo.AutoModelForCausalLM, path, DEVICE), ppo.load_tokenizer(path)
+    for name in ("best", "best.old", "best.tmp"):
+        ppo.save_model(model, tokenizer, tmp_path / name)
+    ppo.save_model(model, tokenizer, tmp_path / "best")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("best")] == ["best"]
