@@ -52,6 +52,7 @@ class Config:
     warmup: float = 0.05  # share of the steps in which the learning rate rises from 0; then half a cosine down to 0
     weight_decay: float = 0.1  # AdamW weight decay; not given in the paper
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm, over all parameters
+    plain: bool = False  # prompts without the chat template, which some base models' tokenizers have, too; all stages follow
     max_length: int = 512  # tokens of prompt and response; longer examples are left out, and counted
     validation_share: float = 0.05  # share of the examples held out for the validation loss
     log_every: int = 50  # optimiser steps between two lines of the log
@@ -360,6 +361,8 @@ def main(cfg):
         model = build_model(cfg, tokenizer).to(device)
     else:
         tokenizer = load_tokenizer(cfg.model)
+        if cfg.plain:
+            tokenizer.chat_template = None  # saved without it, so that every later stage goes without
         model = load_model(AutoModelForCausalLM, cfg.model, device, len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     model.train()  # gradient checkpointing works in this mode only; dropout is 0

@@ -11,6 +11,9 @@ Writes  out/eval/results.json, table.txt
 Run     python 05_eval.py --policies out/sft out/ppo_none/best out/ppo_bw/best
         python 05_eval.py --policies canonical --problems data/humaneval/test.jsonl --out out/eval_canonical
         (`canonical` takes the solution of each problem for the response: it should give 1.000)
+        python 05_eval.py --policies deepseek-ai/deepseek-coder-1.3b-base --problems data/humaneval/test.jsonl --samples 0 \\
+            --max_new_tokens 512 --timeout 3 --plain --stop $'\\nclass' $'\\ndef' $'\\n#' $'\\nif' $'\\nprint'
+        (a base model before stage 1, with the paper's stop strings)
 
 Simplified against the paper (Table 2: greedy pass@1 on HumanEval, MBPP and LeetCode): the default is the tiny test set.
 """
@@ -49,6 +52,8 @@ class Config:
     ks: list[int] = field(default_factory=lambda: [1, 5, 10])  # the k of pass@k; none may exceed --samples
     temperature: float = 1.0  # of the sampled responses; the PPO rollouts have the same
     max_new_tokens: int = 96  # longest response, tokens; paper: 2048
+    stop: list[str] = field(default_factory=list)  # a response is cut before the first of these; for base models only
+    plain: bool = False  # prompts without the chat template, which some base models' tokenizers have, too
     generate_batch_size: int = 256  # responses generated at once
     timeout: float = 1.0  # CPU seconds a program may take over its tests; HumanEval and MBPP: 3, LeetCode: 10
     workers: int = 0  # sandbox processes, 0 = one a core
@@ -73,6 +78,19 @@ def bootstrap_interval(values, rng, resamples=10_000):
     counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
     low, high = np.quantile(counts @ values / len(values), [0.025, 0.975])
     return float(low), float(high)
+
+
+# ------------------------------------------------------------------------------------------------ where a response ends
+
+
+def cut_at_stop(text, stop):
+    """The text before the first of the stop strings, all of it where there is none.
+
+    A base model has not learned to emit EOS after a function: it goes on with the next one, and an unfinished one is a
+    syntax error. Only evaluation cuts. The other stages read models that stage 1 has taught EOS; to cut there, the tokens
+    behind the cut would have to go as well: the RM scores the last token, and PPO trains on every token that it is given.
+    """
+    return text[:min((text.find(s) for s in stop if s in text), default=len(text))]
 
 
 # ---------------------------------------------------------------- shared helpers (same name, same code in every file)
@@ -397,6 +415,8 @@ def main(cfg):
     for path in cfg.policies:
         if path != "canonical":
             tokenizer = load_tokenizer(path)
+            if cfg.plain:
+                tokenizer.chat_template = None
             policy = load_model(AutoModelForCausalLM, path, device, len(tokenizer)).eval()
         for benchmark, problems in benchmarks.items():
             rng = np.random.default_rng(cfg.seed)  # the same resampled problems for every policy
@@ -415,8 +435,12 @@ def main(cfg):
                     greedy = generate(policy, tokenizer, prompt_ids, 1, cfg.max_new_tokens, 0.0, None, cfg.generate_batch_size)
                     sampled = generate(policy, tokenizer, prompt_ids, cfg.samples, cfg.max_new_tokens, cfg.temperature,
                                        generator, cfg.generate_batch_size) if cfg.samples else [[] for _ in problems]
-                groups = [[(decode_response(tokenizer, ids), ids[-1] != tokenizer.eos_token_id) for ids in first + others]
-                          for first, others in zip(greedy, sampled)]
+                groups = []  # of (text, truncated?)
+                for first, others in zip(greedy, sampled):
+                    texts = [decode_response(tokenizer, ids) for ids in first + others]
+                    ended = [ids[-1] == tokenizer.eos_token_id or any(s in text for s in cfg.stop)
+                             for ids, text in zip(first + others, texts)]
+                    groups.append([(cut_at_stop(text, cfg.stop), not end) for text, end in zip(texts, ended)])
 
             # ---- run the tests
             flat = [(problem, text) for problem, group in zip(problems, groups) for text, _ in group]

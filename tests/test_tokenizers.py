@@ -273,3 +273,62 @@ def test_saving_goes_on_where_a_kill_left_an_old_folder(ppo, base, tmp_path):
         ppo.save_model(model, tokenizer, tmp_path / name)
     ppo.save_model(model, tokenizer, tmp_path / "best")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("best")] == ["best"]
+
+
+# ------------------------------------------------------------------------------- base models: stop strings, plain prompts
+
+PAPER = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
+
+
+@pytest.mark.parametrize("text, cut", [
+    ("    return 1\n\n\ndef g():\n    ret", "    return 1\n\n"),
+    ("    return 1\nprint(f(2))\nclass A:", "    return 1"),  # the first in the text, not the first of the list
+    ("    if x:\n        return 1\n    # why\n    return 2\n", "    if x:\n        return 1\n    # why\n    return 2\n"),  # indented
+    ("\ndef f(x):", ""),
+    ("def f(x):\n    return x\n# next", "def f(x):\n    return x"),
+    ("", ""),
+])
+def test_text_is_cut_at_the_first_stop_string(evaluation, text, cut):
+    assert evaluation.cut_at_stop(text, PAPER) == cut
+    assert evaluation.cut_at_stop(text, []) == text
+
+
+def test_a_base_model_that_goes_on_passes_with_stop_strings_only(base, sft, evaluation, monkeypatch):
+    """It answers, goes on with a program of its own, and never emits EOS."""
+    monkeypatch.chdir(base["folder"])
+    ids = sft.encode_response(base["tokenizer"], "x = 1\nprint(x\n\nx x x")[:-1]  # a syntax error, and no end
+    monkeypatch.setattr(evaluation, "generate", lambda *arguments: [[ids]] * len(base["problems"]))
+    for number, stop in enumerate(([], ["\nclass", "\nprint"])):
+        evaluation.main(evaluation.Config(policies=[str(base["folder"] / "base")], problems=["problems.jsonl"], samples=0,
+                                          max_new_tokens=20, workers=1, out=f"out/eval_stop_{number}", stop=stop))
+        results = json.loads((base["folder"] / f"out/eval_stop_{number}/results.json").read_text())
+        sample = json.loads((base["folder"] / f"out/eval_stop_{number}/samples.jsonl").read_text().splitlines()[0])
+        assert results[0]["greedy pass@1"]["mean"] == number
+        assert sample["response"] == ("x = 1" if stop else "x = 1\nprint(x\n\nx x x") and sample["truncated"] == (not stop)
+
+
+def test_stop_strings_from_the_command_line(evaluation, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["05_eval.py", "--stop", *PAPER])
+    assert evaluation.parse_config(evaluation.Config, "").stop == PAPER
+    monkeypatch.setattr("sys.argv", ["05_eval.py"])
+    assert evaluation.parse_config(evaluation.Config, "").stop == []
+
+
+def test_plain_leaves_the_chat_template_out_for_good(sft, ppo, evaluation, tmp_path, monkeypatch):
+    from conftest import tiny_config
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config("llama")
+    config.vocab_size, config.eos_token_id = len(make_tokenizer(tmp_path / "base", **KINDS["chat"][0])), 2
+    AutoModelForCausalLM.from_config(config).save_pretrained("base")
+    (tmp_path / "problems.jsonl").write_text((json.dumps({**PROBLEM, "task_id": "t", "prompt": PROMPT, "solution": "x"}) + "\n") * 4)
+    seen = []
+    monkeypatch.setattr(evaluation, "generate", lambda model, tokenizer, prompts, *_: seen.append(prompts[0]) or [[[5]]] * 4)
+    for plain in (False, True):
+        sft.main(sft.Config(model="./base", data="problems.jsonl", out=f"out/{plain}", epochs=1, max_length=64, plain=plain))
+        evaluation.main(evaluation.Config(policies=["./base"], problems=["problems.jsonl"], samples=0, max_new_tokens=4,
+                                          workers=1, out=f"out/eval_{plain}", plain=plain))
+        tokenizer = ppo.load_tokenizer(f"out/{plain}")
+        expected = PROMPT if plain else f"<|user|>\n{PROMPT}\n<|assistant|>\n"
+        assert tokenizer.decode(ppo.encode_prompt(tokenizer, PROMPT)) == tokenizer.decode(seen[-1]) == expected
