@@ -6,6 +6,7 @@ them: a model that never saw EOS as a target never stops. The result is the poli
 Reads   data/tiny/sft.jsonl     {"task_id": "tiny/sft/0", "prompt": "...", "solution": "    return sum(xs)\\n", ...}
 Writes  out/sft/                an ordinary Hugging Face folder (model and tokenizer), metrics.jsonl beside the weights
                                 {"step": 50, "train_loss": 1.91, "validation_loss": 1.62, "lr": 0.002, "seconds": 11.8}
+        out/sft.work/           what --resume needs, until the stage is finished
 
 Run     python 01_sft.py                                        the tiny model, from scratch
         python 01_sft.py --model Qwen/Qwen2.5-Coder-0.5B --data data/magicoder/sft.jsonl --lr 1e-5 --epochs 5
@@ -56,6 +57,8 @@ class Config:
     max_length: int = 512  # tokens of prompt and response; longer examples are left out, and counted
     validation_share: float = 0.05  # share of the examples held out for the validation loss
     log_every: int = 50  # optimiser steps between two lines of the log
+    save_every: int = 100  # optimiser steps between two saves for --resume, three times the model's size; 0: none
+    resume: bool = False  # go on from the last save of an interrupted run
     vocab_size: int = 1024  # scratch only: tokens of the byte-level BPE tokenizer at most, at least 258
     hidden_size: int = 128  # scratch only: width of the model
     layers: int = 4  # scratch only: number of transformer blocks
@@ -325,6 +328,36 @@ def encode_response(tokenizer, response):
     return ids + [tokenizer.eos_token_id]
 
 
+def resumable(cfg, work):
+    """True if --resume finds an interrupted run in the folder `work`; one with other settings, or no --resume, is an error."""
+    path = work / "stage_config.json"
+    if not path.is_file():
+        return False
+    if not cfg.resume:
+        fail(f"{work} holds an interrupted run; go on with --resume, or delete it to start again")
+    old, new = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(dataclasses.replace(cfg, resume=False))
+    changed = [name for name in new if old.get(name) != new[name]]
+    if changed:
+        fail(f"{work} was started with other settings ({', '.join(changed)}); use the same flags to resume it")
+    return True
+
+
+def save_state(path, model, optimizer, scheduler, **progress):
+    """Save what --resume needs, whole or not at all. The order of the batches follows from the seed, and dropout is 0: no
+    state of a random generator is needed."""
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                **progress}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_state(path, model, optimizer, scheduler):
+    """Put back what `save_state` has saved -> its progress."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
+        part.load_state_dict(state.pop(name))
+    return state
+
+
 def length_grouped_batches(lengths, batch_size, rng):
     """Indices in random batches of similar length, so that little is computed on padding.
 
@@ -346,9 +379,13 @@ def length_grouped_batches(lengths, batch_size, rng):
 
 def main(cfg):
     started = time.time()
-    out = Path(cfg.out)
-    if finished(cfg, out):
-        return
+    out, work = Path(cfg.out), Path(f"{cfg.out}.work")
+    settings = dataclasses.replace(cfg, resume=False)
+    if (out / "stage_config.json").is_file() or not cfg.resume:
+        if finished(settings, out):
+            shutil.rmtree(work, ignore_errors=True)  # a kill at the very end leaves it
+            return
+    resuming = resumable(cfg, work)
     records = read_jsonl(cfg.data, {"task_id": str, "prompt": str, "solution": str})
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
@@ -401,12 +438,23 @@ def main(cfg):
                 tokens += (labels != -100).sum().item()
         return total / tokens
 
+    # ---- start or resume
+    done, metrics, batches, losses = 0, [], [], []
+    if resuming and (work / "state.pt").is_file():
+        progress = load_state(work / "state.pt", model, optimizer, scheduler)
+        done, metrics, losses = progress["step"], progress["metrics"], progress["losses"]
+        started -= progress["seconds"]
+        print(f"resuming {out} after step {done} of {steps}", flush=True)
+    work.mkdir(parents=True, exist_ok=True)
+    save_config(settings, work)
+
     # ---- train
-    metrics, batches, losses = [], [], []
     for step in range(1, steps + 1):
         if not batches:  # a new epoch
             batches = length_grouped_batches(lengths, cfg.batch_size, rng)
         batch = [train[i] for i in batches.pop()]
+        if step <= done:  # trained on before the interruption; drawn once more, so that the same ones follow
+            continue
         # One token count for the whole optimiser step: the micro-batch size changes nothing.
         tokens = sum(len(response) for _, response in batch)
         step_loss = 0.0
@@ -430,12 +478,16 @@ def main(cfg):
             losses = []
             print("step {step}/{steps}  train loss {train_loss:.3f}  validation loss {validation_loss:.3f}  "
                   "lr {lr:.1e}  {seconds:.0f} s".format(steps=steps, **metrics[-1]), flush=True)
+        if cfg.save_every and step % cfg.save_every == 0:
+            save_state(work / "state.pt", model, optimizer, scheduler, step=step, metrics=metrics, losses=losses,
+                       seconds=time.time() - started)
 
     # ---- save
     out.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, tokenizer, out)
     write_jsonl(out / "metrics.jsonl", metrics)
-    save_config(cfg, out)
+    save_config(settings, out)
+    shutil.rmtree(work)
     print(f"saved {out}; stage 01_sft took {cost(started)}")
 
 

@@ -13,6 +13,7 @@ Writes  out/rm/                  an ordinary Hugging Face folder (AutoModelForSe
         out/rm/pairs.jsonl       {"task_id": "tiny/rm/0", "prompt": "...", "chosen": "...", "rejected": "...",
                                   "edit_distance": 3}
         out/rm/accuracy.json     accuracy on held-out prompts, over all pairs, over largest-edit pairs, by kind of flaw
+        out/rm.work/             what --resume needs, until the stage is finished: the tested responses, the state of training
 
 Run     python 02_reward_model.py
         python 02_reward_model.py --policy out/sft-0.5b --data data/mbpp/rm.jsonl --pairs edit --lr 1e-5 --epochs 1
@@ -69,6 +70,8 @@ class Config:
     warmup: float = 0.05  # share of the steps in which the learning rate rises from 0; then half a cosine down to 0
     weight_decay: float = 0.0  # AdamW weight decay; not given in the paper
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm, over all parameters
+    save_every: int = 100  # optimiser steps between two saves for --resume, three times the model's size; 0: none
+    resume: bool = False  # go on from the last save of an interrupted run; responses are not sampled again
     generate_batch_size: int = 256  # responses generated at once
     score_batch_size: int = 64  # responses scored at once
     timeout: float = 1.0  # CPU seconds a program may take over its tests
@@ -339,6 +342,36 @@ def encode_prompt(tokenizer, prompt):
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
+def resumable(cfg, work):
+    """True if --resume finds an interrupted run in the folder `work`; one with other settings, or no --resume, is an error."""
+    path = work / "stage_config.json"
+    if not path.is_file():
+        return False
+    if not cfg.resume:
+        fail(f"{work} holds an interrupted run; go on with --resume, or delete it to start again")
+    old, new = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(dataclasses.replace(cfg, resume=False))
+    changed = [name for name in new if old.get(name) != new[name]]
+    if changed:
+        fail(f"{work} was started with other settings ({', '.join(changed)}); use the same flags to resume it")
+    return True
+
+
+def save_state(path, model, optimizer, scheduler, **progress):
+    """Save what --resume needs, whole or not at all. The order of the batches follows from the seed, and dropout is 0: no
+    state of a random generator is needed."""
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                **progress}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_state(path, model, optimizer, scheduler):
+    """Put back what `save_state` has saved -> its progress."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
+        part.load_state_dict(state.pop(name))
+    return state
+
+
 def length_grouped_batches(lengths, batch_size, rng):
     """Indices in random batches of similar length, so that little is computed on padding.
 
@@ -513,61 +546,77 @@ def score_responses(reward_model, sequences, pad_id, batch_size):
 
 def main(cfg):
     started = time.time()
-    out = Path(cfg.out)
-    if finished(cfg, out):
-        return
+    out, work = Path(cfg.out), Path(f"{cfg.out}.work")
+    settings = dataclasses.replace(cfg, resume=False)
+    if (out / "stage_config.json").is_file() or not cfg.resume:
+        if finished(settings, out):
+            shutil.rmtree(work, ignore_errors=True)  # a kill at the very end leaves it
+            return
+    resuming = resumable(cfg, work)
     problems = read_jsonl(cfg.data, PROBLEM_FIELDS)
-    if cfg.responses_per_prompt < 2:
-        fail(f"--responses_per_prompt {cfg.responses_per_prompt} gives no pairs; take at least 2")
+    n = cfg.responses_per_prompt
+    if n < 2:
+        fail(f"--responses_per_prompt {n} gives no pairs; take at least 2")
     rng = random.Random(cfg.seed)
-    torch.manual_seed(cfg.seed)
     device = set_up(cfg.threads)
-
-    # ---- sample responses of the SFT policy
     tokenizer = load_tokenizer(cfg.policy)
-    policy = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer)).eval()
     prompt_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
-    check_lengths(problems, prompt_ids, cfg.max_new_tokens, policy.config)
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    with autocast(device):
-        response_ids = generate(policy, tokenizer, prompt_ids, cfg.responses_per_prompt, cfg.max_new_tokens,
-                                cfg.temperature, generator, cfg.generate_batch_size)
-    del policy
-    responses = [[decode_response(tokenizer, ids) for ids in group] for group in response_ids]
-    print(f"{len(problems) * cfg.responses_per_prompt} responses, {time.time() - started:.0f} s", flush=True)
 
-    # ---- run the tests
-    flat = [(problem, text) for problem, group in zip(problems, responses) for text in group]
-    results = run_tests(*zip(*flat), cfg.workers, cfg.timeout)
-    passed = [[r.passed for r in results[i:i + cfg.responses_per_prompt]]
-              for i in range(0, len(results), cfg.responses_per_prompt)]
-    mixed = sum(0 < sum(group) < len(group) for group in passed)
-    print(f"pass rate {sum(map(sum, passed)) / len(results):.3f}, mixed outcomes for {mixed} of {len(problems)} prompts, "
+    # ---- sample responses of the SFT policy, run the tests
+    if resuming:
+        records = read_jsonl(work / "samples.jsonl", {"response_ids": list})
+        print(f"resuming {out} with the {len(records)} responses in {work}", flush=True)
+    else:
+        policy = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer)).eval()
+        check_lengths(problems, prompt_ids, cfg.max_new_tokens, policy.config)
+        generator = torch.Generator(device).manual_seed(cfg.seed)
+        with autocast(device):
+            groups = generate(policy, tokenizer, prompt_ids, n, cfg.max_new_tokens, cfg.temperature, generator,
+                              cfg.generate_batch_size)
+        del policy
+        print(f"{len(problems) * n} responses, {time.time() - started:.0f} s", flush=True)
+        flat = [(problem, ids, decode_response(tokenizer, ids)) for problem, group in zip(problems, groups) for ids in group]
+        results = run_tests([problem for problem, _, _ in flat], [text for _, _, text in flat], cfg.workers, cfg.timeout)
+        records = [{"task_id": problem["task_id"], "prompt": problem["prompt"], "response": text, "rm_score": None,
+                    "actual_score": float(result.passed), "passed_tests": result.passed_tests,
+                    "total_tests": result.total_tests, "status": result.status,
+                    "truncated": ids[-1] != tokenizer.eos_token_id, "policy": cfg.policy, "response_ids": ids}
+                   for (problem, ids, text), result in zip(flat, results)]
+    grouped = [records[i:i + n] for i in range(0, len(records), n)]  # the records of each prompt
+    response_ids = [[record["response_ids"] for record in group] for group in grouped]
+    responses = [[record["response"] for record in group] for group in grouped]
+    passed = [[record["actual_score"] == 1.0 for record in group] for group in grouped]
+    mixed = {p for p, group in enumerate(passed) if any(group) and not all(group)}
+    print(f"pass rate {sum(map(sum, passed)) / len(records):.3f}, mixed outcomes for {len(mixed)} of {len(problems)} prompts, "
           f"{time.time() - started:.0f} s", flush=True)
 
-    # ---- pick pairs; whole prompts are held out, so that no pair of a training prompt measures accuracy
+    # ---- whole prompts are held out, so that no pair of a training prompt measures accuracy
     order = list(range(len(problems)))
     rng.shuffle(order)
     heldout = set(order[:max(1, round(cfg.holdout_share * len(order)))])
+    if not mixed - heldout or not mixed & heldout:
+        fail(f"{cfg.data} gives {len(mixed - heldout)} training and {len(mixed & heldout)} held-out prompts with both a passing "
+             "and a failing response; give more problems, or a policy that solves some of them")
+    if not resuming:
+        work.mkdir(parents=True, exist_ok=True)
+        write_jsonl(work / "samples.jsonl", records)
+        save_config(settings, work)  # as in the output: written last, it marks the samples as complete
+
+    # ---- pick pairs
     pairs, train, test = [], [], []  # train, test: (prompt index, passing response, failing response, largest edit?)
-    for p, problem in enumerate(problems):
-        candidates = all_pairs(responses[p], passed[p])
-        if not candidates:
-            continue
-        edit_pair = pick_pair(responses[p], passed[p])
+    for p in sorted(mixed):
+        candidates, edit_pair = all_pairs(responses[p], passed[p]), pick_pair(responses[p], passed[p])
         if p in heldout:
             test += [(p, i, j, (i, j) == edit_pair) for i, j in candidates]
             continue
         for i, j in [edit_pair] if cfg.pairs == "edit" else rng.sample(candidates, min(4, len(candidates))):
             train.append((p, i, j, (i, j) == edit_pair))
-            pairs.append({"task_id": problem["task_id"], "prompt": problem["prompt"], "chosen": responses[p][i],
+            pairs.append({"task_id": problems[p]["task_id"], "prompt": problems[p]["prompt"], "chosen": responses[p][i],
                           "rejected": responses[p][j], "edit_distance": edit_distance(responses[p][i], responses[p][j])})
-    if not train or not test:
-        fail(f"{cfg.data} gives {len(train)} training and {len(test)} held-out pairs of a passing and a failing response; "
-             "give more problems, or a policy that solves some of them")
     print(f"{len(train)} training pairs, {len(test)} pairs of held-out prompts, {time.time() - started:.0f} s", flush=True)
 
     # ---- train; the RM starts as the SFT model with a new scalar head
+    torch.manual_seed(cfg.seed)  # the head's first weights
     reward_model = load_model(AutoModelForSequenceClassification, cfg.policy, device, len(tokenizer), num_labels=1)
     reward_model.config.pad_token_id = tokenizer.pad_token_id
     reward_model.train()  # gradient checkpointing works in this mode only; dropout is 0
@@ -577,8 +626,13 @@ def main(cfg):
     lengths = [len(prompt_ids[p]) + max(len(response_ids[p][i]), len(response_ids[p][j])) for p, i, j, _ in train]
     batches = [b for _ in range(cfg.epochs) for b in length_grouped_batches(lengths, cfg.batch_size, rng)]
     scheduler = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * len(batches)), len(batches))
-    losses, hits = [], []
-    for step, batch in enumerate(batches, 1):
+    done, losses, hits = 0, [], []
+    if resuming and (work / "state.pt").is_file():
+        progress = load_state(work / "state.pt", reward_model, optimizer, scheduler)
+        done, losses, hits = progress["step"], progress["losses"], progress["hits"]
+        started -= progress["seconds"]
+        print(f"resuming after step {done} of {len(batches)}", flush=True)
+    for step, batch in enumerate(batches[done:], done + 1):
         for start in range(0, len(batch), cfg.micro_batch_size):
             mb = [train[k] for k in batch[start:start + cfg.micro_batch_size]]
             sequences = [prompt_ids[p] + response_ids[p][i] for p, i, _, _ in mb]
@@ -600,11 +654,14 @@ def main(cfg):
             print(f"step {step}/{len(batches)}  loss {sum(losses) / len(losses):.3f}  "
                   f"training accuracy {sum(hits) / len(hits):.3f}  {time.time() - started:.0f} s", flush=True)
             losses, hits = [], []
+        if cfg.save_every and step % cfg.save_every == 0:
+            save_state(work / "state.pt", reward_model, optimizer, scheduler, step=step, losses=losses, hits=hits,
+                       seconds=time.time() - started)
 
     # ---- score every response once more: statistics for reward normalisation, accuracy on held-out prompts
     sequences = [prompt_ids[p] + ids for p in range(len(problems)) for ids in response_ids[p]]
     scores = score_responses(reward_model, sequences, tokenizer.pad_token_id, cfg.score_batch_size)
-    scores = scores.view(len(problems), cfg.responses_per_prompt)
+    scores = scores.view(len(problems), n)
     # Over held-out prompts only: on training prompts the rewards are stretched by what was memorised.
     heldout_scores = scores[sorted(heldout)]
     reward_model.config.reward_mean = heldout_scores.mean().item()
@@ -630,18 +687,16 @@ def main(cfg):
               f"{row['shorter_is_better']:>20.3f}")
 
     # ---- save
-    records = [{"task_id": problem["task_id"], "prompt": problem["prompt"], "response": text,
-                "rm_score": scores.flatten()[k].item(), "actual_score": float(result.passed),
-                "passed_tests": result.passed_tests, "total_tests": result.total_tests, "status": result.status,
-                "truncated": response_ids[k // cfg.responses_per_prompt][k % cfg.responses_per_prompt][-1]
-                != tokenizer.eos_token_id, "policy": cfg.policy}
-               for k, ((problem, text), result) in enumerate(zip(flat, results))]
+    for record, score in zip(records, scores.flatten().tolist()):
+        record["rm_score"] = score
+        del record["response_ids"]
     out.parent.mkdir(parents=True, exist_ok=True)
     save_model(reward_model, tokenizer, out)
     write_jsonl(out / "samples.jsonl", records)
     write_jsonl(out / "pairs.jsonl", pairs)
     (out / "accuracy.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    save_config(cfg, out)
+    save_config(settings, out)
+    shutil.rmtree(work)
     print(f"saved {out}; stage 02_reward_model took {cost(started)}")
 
 
