@@ -18,8 +18,8 @@ stage() {  # run one stage and note its share of the time
 
 started=$SECONDS
 stage 00_data.py
-stage 01_sft.py
-stage 02_reward_model.py
+stage 01_sft.py --resume
+stage 02_reward_model.py --resume
 stage 03_r2_analysis.py
 
 # Four strategies: two runs at a time with one thread each do more than one run with two threads.
