@@ -2,7 +2,7 @@
 
 pass@k is the chance that at least one of k responses passes all tests. From n >= k samples of which c pass, the unbiased
 estimate is 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1); the plain 1 - (1 - c/n)^k is biased. Intervals are
-95% bootstrap intervals over problems, since responses to one problem are not independent.
+95% bootstrap intervals over problems, since responses to one problem are not independent; differences are paired by problem.
 
 Reads   data/tiny/test.jsonl (or any other problems), checkpoints
 Writes  out/eval/results.json, table.txt
@@ -411,7 +411,7 @@ def main(cfg):
         fail(f"pass@{max(cfg.ks)} needs at least {max(cfg.ks)} samples; raise --samples ({cfg.samples}) or lower --ks")
     benchmarks = {path: read_jsonl(path, PROBLEM_FIELDS) for path in cfg.problems}
     device = set_up(cfg.threads)
-    results, records = [], []
+    results, records, greedy_outcomes = [], [], {}
     for path in cfg.policies:
         if path != "canonical":
             tokenizer = load_tokenizer(path)
@@ -462,6 +462,7 @@ def main(cfg):
             for name, values in columns.items():
                 low, high = bootstrap_interval(values, rng)
                 row[name] = {"mean": float(values.mean()), "low": low, "high": high}
+            greedy_outcomes[benchmark, path] = columns["greedy pass@1"]
             results.append(row)
             print(f"{path} on {benchmark}: greedy pass@1 {row['greedy pass@1']['mean']:.3f}, "
                   f"{time.time() - started:.0f} s", flush=True)
@@ -477,6 +478,14 @@ def main(cfg):
         for row in (row for row in results if row["benchmark"] == benchmark):
             cells = [f"{row[n]['mean']:.3f} [{row[n]['low']:.3f}, {row[n]['high']:.3f}]" if n in row else "-" for n in names]
             lines.append(row["policy"].ljust(width) + "".join(f"{cell:>24}" for cell in cells))
+        # Paired by problem: hard problems are hard for both, so a difference is known better than its two terms.
+        for row in (row for row in results if row["benchmark"] == benchmark):
+            row["greedy minus"] = {}
+            for other in cfg.policies[:cfg.policies.index(row["policy"])]:
+                gain = greedy_outcomes[benchmark, row["policy"]] - greedy_outcomes[benchmark, other]
+                low, high = bootstrap_interval(gain, np.random.default_rng(cfg.seed))
+                row["greedy minus"][other] = {"mean": float(gain.mean()), "low": low, "high": high}
+                lines.append(f"greedy pass@1, {row['policy']} minus {other}: {gain.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
         lines.append("")
     print("\n" + "\n".join(lines))
 

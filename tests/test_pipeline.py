@@ -124,6 +124,10 @@ def test_eval_table(pipeline):
     for name in ("out/sft", "out/ppo_bw/last"):
         row = by_policy[name]
         assert 0 < row["pass@1"]["low"] <= row["pass@1"]["mean"] <= row["pass@1"]["high"] <= row["pass@4"]["mean"] <= 1
+    gain = by_policy["out/ppo_bw/last"]["greedy minus"]["out/sft"]
+    assert gain["mean"] == pytest.approx(by_policy["out/ppo_bw/last"]["greedy pass@1"]["mean"]
+                                         - by_policy["out/sft"]["greedy pass@1"]["mean"])
+    assert gain["low"] <= gain["mean"] <= gain["high"] and set(by_policy["canonical"]["greedy minus"]) == {"out/sft", "out/ppo_bw/last"}
     records = read(pipeline["folder"] / "out/eval/samples.jsonl")
     greedy = [r["actual_score"] for r in records if r["greedy"] and r["policy"] == "out/sft"]
     assert sum(greedy) / len(greedy) == pytest.approx(by_policy["out/sft"]["greedy pass@1"]["mean"])
