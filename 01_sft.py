@@ -37,8 +37,10 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast, get_cosine_schedule_with_warmup)
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass
@@ -63,6 +65,9 @@ class Config:
     hidden_size: int = 128  # scratch only: width of the model
     layers: int = 4  # scratch only: number of transformer blocks
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    dtype: typing.Literal["float32", "bfloat16"] = "float32"  # weights that learn; a GPU multiplies in bf16 either way
+    lora_rank: int = 0  # learn adapters of this rank (peft), merged when saved; 0: learn all weights
+    logits_mb: int = 512  # logits that take more than this in float32, MB, are computed in parts; 0: always at once
     threads: int = 0  # PyTorch CPU threads, 0 = PyTorch's choice
     seed: int = 0  # random seed: held-out examples, order, initial weights
 
@@ -80,6 +85,17 @@ def response_loss(logits, labels):
     """
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100,
                            reduction="sum")
+
+
+def batch_loss(model, input_ids, labels, logits_mb):
+    """`response_loss` of a batch, both (B, L); logits that would take more than `logits_mb` in float32 come in parts (0: never)."""
+    head = model.get_output_embeddings()
+    if logits_mb and labels.numel() * head.weight.shape[0] > logits_mb * 2**18:  # a float32 has four bytes
+        hidden = model.base_model(input_ids=input_ids).last_hidden_state[:, :-1]  # (B, L - 1, D)
+        targets = labels[:, 1:]
+        real = targets != -100  # neither the prompt nor padding needs logits
+        return -target_logprobs(head, hidden[real], targets[real], 1.0, logits_mb).sum()
+    return response_loss(model(input_ids=input_ids).logits, labels)
 
 
 def collate(examples, pad_id):
@@ -258,11 +274,26 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def load_model(model_class, path, device, tokens=0, **options):
+def freeze(model, in_bf16):
+    """No gradients; with `in_bf16` the weights of matrix products in bf16, as autocast would make them at each use.
+
+    Embeddings and norms stay float32: they carry the residual stream, and a reference that rounds it has other logprobs
+    than the policy before the first update.
+    """
+    model.requires_grad_(False)
+    embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    for module in model.modules() if in_bf16 else ():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings:  # an lm_head may be tied
+            module.to(torch.bfloat16)
+    return model
+
+
+def load_model(model_class, path, device, tokens=0, dtype=torch.float32, frozen=False, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy, or ratios start off 1.
 
     Args: tokens: rows that the embedding must have, len(tokenizer). A pad token that `load_tokenizer` had to add gets the
         mean of the other rows: policy and reference get the same one, and no other token's logit changes.
+        dtype: of the weights, where not float32. frozen: without gradients, on a GPU half as large (`freeze`).
     """
     check_model_path(path)
     try:
@@ -271,7 +302,7 @@ def load_model(model_class, path, device, tokens=0, **options):
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
         config.classifier_dropout = 0.0  # where it is not set, the token classification head would take 0.1
-        model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
+        model = model_class.from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         fail(f"no model at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
     rows = model.get_input_embeddings().num_embeddings
@@ -279,14 +310,80 @@ def load_model(model_class, path, device, tokens=0, **options):
         model.resize_token_embeddings(tokens, mean_resizing=False)
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    if frozen:
+        freeze(model, device.type == "cuda")  # before it goes to the GPU
     return model.to(device)
+
+
+def learning_dtype(cfg):
+    """--dtype as a torch.dtype, with a warning where it is bfloat16."""
+    if cfg.dtype == "bfloat16":
+        print(f"warning: --dtype bfloat16: a bf16 weight of 0.02 has neighbours 1e-4 away, and AdamW moves it by about --lr "
+              f"({cfg.lr:g}) a step: smaller steps are rounded away and nothing is learned", flush=True)
+    return getattr(torch, cfg.dtype)
+
+
+def add_adapters(model, rank, dtype, seed):
+    """Freeze a model and add to each weight matrix W of its blocks a trainable B A of rank `rank` (LoRA, Hu et al. 2022).
+
+    B starts at 0, so the model is at first what it was. The update counts twice (alpha = 2 rank, a common choice).
+    """
+    try:
+        import peft
+    except ImportError:
+        fail("--lora_rank needs the package peft; install it with: pip install -r requirements-lora.txt")
+    model.requires_grad_(False)
+    torch.manual_seed(seed)  # A is random
+    lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                           fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))
+    peft.inject_adapter_in_model(lora, model.base_model)  # the blocks, without the head
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft gives adapters the type of W, and in bf16 small steps would round away
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """The model as it was before `add_adapters`; one that has none is left alone."""
+    adapted = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
+
+
+def trained_weights(model):
+    """What training changes and --resume needs: the whole state dict, or with LoRA the adapters and the new head."""
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def merged_weights(model):
+    """State dict of a model with LoRA adapters as if it had none: W + B A in float32, under the plain names. None without."""
+    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    if not adapted:
+        return None  # save_pretrained then takes the model's own
+    weights, copies = {}, {}
+    for name, weight in model.state_dict().items():
+        module, _, kind = name.rpartition(".base_layer.")
+        if ".lora_" in name:
+            continue
+        weight = copies.setdefault(weight.data_ptr(), weight.float().cpu())  # tied weights stay one tensor
+        if module and kind == "weight":
+            weight = weight + adapted[module].get_delta_weight("default").float().cpu()
+        weights[f"{module}.{kind}" if module else name] = weight
+    return weights
 
 
 def save_model(model, tokenizer, directory):
     """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete."""
     temporary = Path(f"{directory}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=merged_weights(model))
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
         shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
@@ -328,6 +425,31 @@ def encode_response(tokenizer, response):
     return ids + [tokenizer.eos_token_id]
 
 
+def target_logprobs(head, hidden, targets, temperature, logits_mb):
+    """Log-probability of each target under softmax(head(hidden) / temperature), without all logits at once.
+
+    In float32 the logits of 48 responses of 512 tokens and a vocabulary of 152k take 15 GB, their gradient as much again, and
+    more than the model. Here a part of them is computed, used and forgotten, and computed once more in the backward pass.
+
+    Args: head: the lm_head; hidden: (K, D); targets: (K,); logits_mb: float32 size of one part, MB. Returns: (K,) float32.
+    """
+    def logprobs(hidden, targets):
+        logits = head(hidden).float() / temperature
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    size = max(1, int(logits_mb * 2**18 / head.weight.shape[0]))  # positions; a float32 has four bytes
+    return torch.cat([checkpoint(logprobs, h, t, use_reentrant=False, preserve_rng_state=False)
+                      for h, t in zip(hidden.split(size), targets.split(size))])
+
+
+def logits_are_plain(model):
+    """Whether logits are lm_head(last hidden state) and nothing else: Gemma 2 caps them, Granite and Cohere scale them."""
+    input_ids = torch.arange(8, device=model.device)[None]
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    with torch.no_grad(), autocast(model.device):
+        return torch.equal(model(**inputs).logits, model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state))
+
+
 def resumable(cfg, work):
     """True if --resume finds an interrupted run in the folder `work`; one with other settings, or no --resume, is an error."""
     path = work / "stage_config.json"
@@ -345,7 +467,7 @@ def resumable(cfg, work):
 def save_state(path, model, optimizer, scheduler, **progress):
     """Save what --resume needs, whole or not at all. The order of the batches follows from the seed, and dropout is 0: no
     state of a random generator is needed."""
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+    torch.save({"model": trained_weights(model), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                 **progress}, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
@@ -354,7 +476,7 @@ def load_state(path, model, optimizer, scheduler):
     """Put back what `save_state` has saved -> its progress."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
-        part.load_state_dict(state.pop(name))
+        part.load_state_dict(state.pop(name), **({"strict": False} if part is model else {}))  # with LoRA not all is saved
     return state
 
 
@@ -393,14 +515,18 @@ def main(cfg):
     device = set_up(cfg.threads)
 
     # ---- model and tokenizer
+    if cfg.model == "scratch" and cfg.lora_rank:
+        fail("--lora_rank adapts a trained model; name one with --model, or leave the flag out to train the tiny one")
     if cfg.model == "scratch":
         tokenizer = build_tokenizer([r["prompt"] + r["solution"] for r in records], cfg.vocab_size)
-        model = build_model(cfg, tokenizer).to(device)
+        model = build_model(cfg, tokenizer).to(device, learning_dtype(cfg))
     else:
         tokenizer = load_tokenizer(cfg.model)
         if cfg.plain:
             tokenizer.chat_template = None  # saved without it, so that every later stage goes without
-        model = load_model(AutoModelForCausalLM, cfg.model, device, len(tokenizer))
+        model = load_model(AutoModelForCausalLM, cfg.model, device, len(tokenizer), learning_dtype(cfg), cfg.lora_rank > 0)
+        if cfg.lora_rank:
+            add_adapters(model, cfg.lora_rank, getattr(torch, cfg.dtype), cfg.seed)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.train()  # gradient checkpointing works in this mode only; dropout is 0
     if cfg.gradient_checkpointing:
@@ -421,10 +547,12 @@ def main(cfg):
     lengths = [len(prompt) + len(response) for prompt, response in train]
 
     # ---- optimiser: weight decay on matrices only
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
+    decay = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad]
+    rest = [p for p in model.parameters() if p.dim() < 2 and p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
-                                   {"params": rest, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.95))
+                                   {"params": rest, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.95),
+                                  fused=device.type == "cuda" or None)
+    logits_mb = cfg.logits_mb if logits_are_plain(model) else 0
     steps = math.ceil(cfg.epochs * math.ceil(len(train) / cfg.batch_size))
     scheduler = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * steps), steps)
 
@@ -434,7 +562,7 @@ def main(cfg):
         with torch.no_grad(), autocast(device):
             for start in range(0, len(validation), cfg.micro_batch_size):
                 input_ids, labels = collate(validation[start:start + cfg.micro_batch_size], tokenizer.pad_token_id)
-                total += response_loss(model(input_ids=input_ids.to(device)).logits, labels.to(device)).item()
+                total += batch_loss(model, input_ids.to(device), labels.to(device), logits_mb).item()
                 tokens += (labels != -100).sum().item()
         return total / tokens
 
@@ -461,8 +589,7 @@ def main(cfg):
         for start in range(0, len(batch), cfg.micro_batch_size):
             input_ids, labels = collate(batch[start:start + cfg.micro_batch_size], tokenizer.pad_token_id)
             with autocast(device):
-                logits = model(input_ids=input_ids.to(device)).logits  # (B, L, V)
-            loss = response_loss(logits, labels.to(device)) / tokens
+                loss = batch_loss(model, input_ids.to(device), labels.to(device), logits_mb) / tokens
             loss.backward()
             step_loss += loss.item()
         if not math.isfinite(step_loss):

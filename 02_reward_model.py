@@ -48,6 +48,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Cache,
                           DynamicLayer, get_cosine_schedule_with_warmup)
+from transformers.pytorch_utils import Conv1D
 
 import sandbox
 
@@ -77,6 +78,8 @@ class Config:
     timeout: float = 1.0  # CPU seconds a program may take over its tests
     workers: int = 0  # sandbox processes, 0 = one a core
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    dtype: typing.Literal["float32", "bfloat16"] = "float32"  # weights that learn; a GPU multiplies in bf16 either way
+    lora_rank: int = 0  # learn adapters of this rank (peft), merged when saved; 0: learn all weights
     threads: int = 0  # PyTorch CPU threads, 0 = PyTorch's choice
     seed: int = 0  # random seed: sampling, held-out prompts, pairs, order
 
@@ -292,11 +295,26 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def load_model(model_class, path, device, tokens=0, **options):
+def freeze(model, in_bf16):
+    """No gradients; with `in_bf16` the weights of matrix products in bf16, as autocast would make them at each use.
+
+    Embeddings and norms stay float32: they carry the residual stream, and a reference that rounds it has other logprobs
+    than the policy before the first update.
+    """
+    model.requires_grad_(False)
+    embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    for module in model.modules() if in_bf16 else ():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings:  # an lm_head may be tied
+            module.to(torch.bfloat16)
+    return model
+
+
+def load_model(model_class, path, device, tokens=0, dtype=torch.float32, frozen=False, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy, or ratios start off 1.
 
     Args: tokens: rows that the embedding must have, len(tokenizer). A pad token that `load_tokenizer` had to add gets the
         mean of the other rows: policy and reference get the same one, and no other token's logit changes.
+        dtype: of the weights, where not float32. frozen: without gradients, on a GPU half as large (`freeze`).
     """
     check_model_path(path)
     try:
@@ -305,7 +323,7 @@ def load_model(model_class, path, device, tokens=0, **options):
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
         config.classifier_dropout = 0.0  # where it is not set, the token classification head would take 0.1
-        model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
+        model = model_class.from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         fail(f"no model at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
     rows = model.get_input_embeddings().num_embeddings
@@ -313,14 +331,80 @@ def load_model(model_class, path, device, tokens=0, **options):
         model.resize_token_embeddings(tokens, mean_resizing=False)
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    if frozen:
+        freeze(model, device.type == "cuda")  # before it goes to the GPU
     return model.to(device)
+
+
+def learning_dtype(cfg):
+    """--dtype as a torch.dtype, with a warning where it is bfloat16."""
+    if cfg.dtype == "bfloat16":
+        print(f"warning: --dtype bfloat16: a bf16 weight of 0.02 has neighbours 1e-4 away, and AdamW moves it by about --lr "
+              f"({cfg.lr:g}) a step: smaller steps are rounded away and nothing is learned", flush=True)
+    return getattr(torch, cfg.dtype)
+
+
+def add_adapters(model, rank, dtype, seed):
+    """Freeze a model and add to each weight matrix W of its blocks a trainable B A of rank `rank` (LoRA, Hu et al. 2022).
+
+    B starts at 0, so the model is at first what it was. The update counts twice (alpha = 2 rank, a common choice).
+    """
+    try:
+        import peft
+    except ImportError:
+        fail("--lora_rank needs the package peft; install it with: pip install -r requirements-lora.txt")
+    model.requires_grad_(False)
+    torch.manual_seed(seed)  # A is random
+    lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                           fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))
+    peft.inject_adapter_in_model(lora, model.base_model)  # the blocks, without the head
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft gives adapters the type of W, and in bf16 small steps would round away
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """The model as it was before `add_adapters`; one that has none is left alone."""
+    adapted = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
+
+
+def trained_weights(model):
+    """What training changes and --resume needs: the whole state dict, or with LoRA the adapters and the new head."""
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def merged_weights(model):
+    """State dict of a model with LoRA adapters as if it had none: W + B A in float32, under the plain names. None without."""
+    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    if not adapted:
+        return None  # save_pretrained then takes the model's own
+    weights, copies = {}, {}
+    for name, weight in model.state_dict().items():
+        module, _, kind = name.rpartition(".base_layer.")
+        if ".lora_" in name:
+            continue
+        weight = copies.setdefault(weight.data_ptr(), weight.float().cpu())  # tied weights stay one tensor
+        if module and kind == "weight":
+            weight = weight + adapted[module].get_delta_weight("default").float().cpu()
+        weights[f"{module}.{kind}" if module else name] = weight
+    return weights
 
 
 def save_model(model, tokenizer, directory):
     """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete."""
     temporary = Path(f"{directory}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=merged_weights(model))
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
         shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
@@ -359,7 +443,7 @@ def resumable(cfg, work):
 def save_state(path, model, optimizer, scheduler, **progress):
     """Save what --resume needs, whole or not at all. The order of the batches follows from the seed, and dropout is 0: no
     state of a random generator is needed."""
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+    torch.save({"model": trained_weights(model), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                 **progress}, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
@@ -368,7 +452,7 @@ def load_state(path, model, optimizer, scheduler):
     """Put back what `save_state` has saved -> its progress."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
-        part.load_state_dict(state.pop(name))
+        part.load_state_dict(state.pop(name), **({"strict": False} if part is model else {}))  # with LoRA not all is saved
     return state
 
 
@@ -402,8 +486,11 @@ class PreallocatedLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            heads, width = key_states.shape[1], key_states.shape[3]
-            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width) for s in (key_states, value_states)]
+            heads, width, kind = key_states.shape[1], key_states.shape[3], key_states.device.type
+            # Under autocast attention reads bf16: kept in float32, the whole cache would be cast again at every token.
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key_states.dtype
+            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width, dtype=dtype)
+                            for s in (key_states, value_states)]
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         for buffer, states in zip(self.buffers, (key_states, value_states)):
@@ -423,17 +510,24 @@ class PreallocatedLayer(DynamicLayer):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size):
+def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size,
+             look_every=0):
     """Sample responses; faster than `model.generate` by a preallocated cache, prompts sorted by length and computed
     once for all their responses, and finished rows dropped from the batch.
 
     Args:
         prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
         batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
+        look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
+            1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
     device, eos, training = model.device, tokenizer.eos_token_id, model.training
     model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
+    look_every = look_every or (1 if device.type == "cpu" else 16)
+    # A mask of two dimensions makes transformers look, too (is there any padding?); one of four it takes as it is.
+    four_dimensions = (look_every > 1 and model.config._attn_implementation == "sdpa"
+                       and not getattr(model.config, "sliding_window", None))
     responses = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     prompts_per_batch = max(1, batch_size // responses_per_prompt)
@@ -465,16 +559,20 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
                 chosen = logits.argmax(-1)
             tokens[active, t] = chosen
             going = going & (chosen != eos)
-            count = int(going.sum())
-            if count == 0 or t + 1 == max_new_tokens:
+            if t + 1 == max_new_tokens:
                 break
-            if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
-                keep = going.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                active, going, chosen = active[keep], going[keep], chosen[keep]
-                mask, positions = mask[keep], positions[keep]
-            logits = model(input_ids=chosen[:, None], attention_mask=mask[:, :width + t + 1], past_key_values=cache,
-                           position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
+            if (t + 1) % look_every == 0:
+                count = int(going.sum())
+                if count == 0:
+                    break
+                if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
+                    keep = going.nonzero().squeeze(1)
+                    cache.batch_select_indices(keep)
+                    active, going, chosen = active[keep], going[keep], chosen[keep]
+                    mask, positions = mask[keep], positions[keep]
+            seen = mask[:, :width + t + 1]
+            logits = model(input_ids=chosen[:, None], attention_mask=seen[:, None, None].bool() if four_dimensions else seen,
+                           past_key_values=cache, position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
         tokens = tokens.tolist()
         for row, i in enumerate(batch):
             responses[i] = [cut_at_eos(r, eos) for r in tokens[row * responses_per_prompt:][:responses_per_prompt]]
@@ -617,12 +715,17 @@ def main(cfg):
 
     # ---- train; the RM starts as the SFT model with a new scalar head
     torch.manual_seed(cfg.seed)  # the head's first weights
-    reward_model = load_model(AutoModelForSequenceClassification, cfg.policy, device, len(tokenizer), num_labels=1)
+    reward_model = load_model(AutoModelForSequenceClassification, cfg.policy, device, len(tokenizer), learning_dtype(cfg),
+                              frozen=cfg.lora_rank > 0, num_labels=1)
+    if cfg.lora_rank:
+        add_adapters(reward_model, cfg.lora_rank, getattr(torch, cfg.dtype), cfg.seed)
+        reward_model.score.to(getattr(torch, cfg.dtype)).requires_grad_(True)  # the new head learns as it is
     reward_model.config.pad_token_id = tokenizer.pad_token_id
     reward_model.train()  # gradient checkpointing works in this mode only; dropout is 0
     if cfg.gradient_checkpointing:
         reward_model.activation_checkpointing_enable()
-    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW([p for p in reward_model.parameters() if p.requires_grad], lr=cfg.lr,
+                                  weight_decay=cfg.weight_decay, betas=(0.9, 0.95), fused=device.type == "cuda" or None)
     lengths = [len(prompt_ids[p]) + max(len(response_ids[p][i]), len(response_ids[p][j])) for p, i, j, _ in train]
     batches = [b for _ in range(cfg.epochs) for b in length_grouped_batches(lengths, cfg.batch_size, rng)]
     scheduler = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * len(batches)), len(batches))

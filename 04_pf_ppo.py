@@ -47,8 +47,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, Cache, DynamicLayer)
+from transformers.pytorch_utils import Conv1D
 
 import sandbox
 
@@ -98,6 +101,12 @@ class Config:
     timeout: float = 1.0  # CPU seconds a program may take over its tests
     workers: int = 1  # sandbox processes, 0 = one a core; they run while policy and critic train
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    dtype: typing.Literal["float32", "bfloat16"] = "float32"  # weights that learn; a GPU multiplies in bf16 either way
+    lora_rank: int = 0  # learn adapters of this rank (peft) and hold two models instead of four; 0: learn all weights
+    logits_mb: int = 512  # logits that take more than this in float32, MB, are computed in parts; 0: always at once
+    plan: bool = False  # print what these flags need in memory, from the models' configs alone, and stop
+    card_gb: float = 0.0  # --plan: memory of the GPU to plan for, GB; 0: the one that is there, or this machine without
+    prompt_tokens: int = 512  # --plan: tokens of the longest prompt; authors' scripts: 1024
     threads: int = 0  # PyTorch CPU threads, 0 = PyTorch's choice
     seed: int = 0  # random seed: order of the prompts, sampling, filter, minibatches
 
@@ -341,11 +350,26 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def load_model(model_class, path, device, tokens=0, **options):
+def freeze(model, in_bf16):
+    """No gradients; with `in_bf16` the weights of matrix products in bf16, as autocast would make them at each use.
+
+    Embeddings and norms stay float32: they carry the residual stream, and a reference that rounds it has other logprobs
+    than the policy before the first update.
+    """
+    model.requires_grad_(False)
+    embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    for module in model.modules() if in_bf16 else ():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings:  # an lm_head may be tied
+            module.to(torch.bfloat16)
+    return model
+
+
+def load_model(model_class, path, device, tokens=0, dtype=torch.float32, frozen=False, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy, or ratios start off 1.
 
     Args: tokens: rows that the embedding must have, len(tokenizer). A pad token that `load_tokenizer` had to add gets the
         mean of the other rows: policy and reference get the same one, and no other token's logit changes.
+        dtype: of the weights, where not float32. frozen: without gradients, on a GPU half as large (`freeze`).
     """
     check_model_path(path)
     try:
@@ -354,7 +378,7 @@ def load_model(model_class, path, device, tokens=0, **options):
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
         config.classifier_dropout = 0.0  # where it is not set, the token classification head would take 0.1
-        model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
+        model = model_class.from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         fail(f"no model at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
     rows = model.get_input_embeddings().num_embeddings
@@ -362,14 +386,80 @@ def load_model(model_class, path, device, tokens=0, **options):
         model.resize_token_embeddings(tokens, mean_resizing=False)
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    if frozen:
+        freeze(model, device.type == "cuda")  # before it goes to the GPU
     return model.to(device)
+
+
+def learning_dtype(cfg):
+    """--dtype as a torch.dtype, with a warning where it is bfloat16."""
+    if cfg.dtype == "bfloat16":
+        print(f"warning: --dtype bfloat16: a bf16 weight of 0.02 has neighbours 1e-4 away, and AdamW moves it by about --lr "
+              f"({cfg.lr:g}) a step: smaller steps are rounded away and nothing is learned", flush=True)
+    return getattr(torch, cfg.dtype)
+
+
+def add_adapters(model, rank, dtype, seed):
+    """Freeze a model and add to each weight matrix W of its blocks a trainable B A of rank `rank` (LoRA, Hu et al. 2022).
+
+    B starts at 0, so the model is at first what it was. The update counts twice (alpha = 2 rank, a common choice).
+    """
+    try:
+        import peft
+    except ImportError:
+        fail("--lora_rank needs the package peft; install it with: pip install -r requirements-lora.txt")
+    model.requires_grad_(False)
+    torch.manual_seed(seed)  # A is random
+    lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                           fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))
+    peft.inject_adapter_in_model(lora, model.base_model)  # the blocks, without the head
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft gives adapters the type of W, and in bf16 small steps would round away
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """The model as it was before `add_adapters`; one that has none is left alone."""
+    adapted = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
+
+
+def trained_weights(model):
+    """What training changes and --resume needs: the whole state dict, or with LoRA the adapters and the new head."""
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def merged_weights(model):
+    """State dict of a model with LoRA adapters as if it had none: W + B A in float32, under the plain names. None without."""
+    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    if not adapted:
+        return None  # save_pretrained then takes the model's own
+    weights, copies = {}, {}
+    for name, weight in model.state_dict().items():
+        module, _, kind = name.rpartition(".base_layer.")
+        if ".lora_" in name:
+            continue
+        weight = copies.setdefault(weight.data_ptr(), weight.float().cpu())  # tied weights stay one tensor
+        if module and kind == "weight":
+            weight = weight + adapted[module].get_delta_weight("default").float().cpu()
+        weights[f"{module}.{kind}" if module else name] = weight
+    return weights
 
 
 def save_model(model, tokenizer, directory):
     """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete."""
     temporary = Path(f"{directory}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=merged_weights(model))
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
         shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
@@ -405,8 +495,11 @@ class PreallocatedLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            heads, width = key_states.shape[1], key_states.shape[3]
-            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width) for s in (key_states, value_states)]
+            heads, width, kind = key_states.shape[1], key_states.shape[3], key_states.device.type
+            # Under autocast attention reads bf16: kept in float32, the whole cache would be cast again at every token.
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key_states.dtype
+            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width, dtype=dtype)
+                            for s in (key_states, value_states)]
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         for buffer, states in zip(self.buffers, (key_states, value_states)):
@@ -426,17 +519,24 @@ class PreallocatedLayer(DynamicLayer):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size):
+def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size,
+             look_every=0):
     """Sample responses; faster than `model.generate` by a preallocated cache, prompts sorted by length and computed
     once for all their responses, and finished rows dropped from the batch.
 
     Args:
         prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
         batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
+        look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
+            1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
     device, eos, training = model.device, tokenizer.eos_token_id, model.training
     model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
+    look_every = look_every or (1 if device.type == "cpu" else 16)
+    # A mask of two dimensions makes transformers look, too (is there any padding?); one of four it takes as it is.
+    four_dimensions = (look_every > 1 and model.config._attn_implementation == "sdpa"
+                       and not getattr(model.config, "sliding_window", None))
     responses = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     prompts_per_batch = max(1, batch_size // responses_per_prompt)
@@ -468,16 +568,20 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
                 chosen = logits.argmax(-1)
             tokens[active, t] = chosen
             going = going & (chosen != eos)
-            count = int(going.sum())
-            if count == 0 or t + 1 == max_new_tokens:
+            if t + 1 == max_new_tokens:
                 break
-            if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
-                keep = going.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                active, going, chosen = active[keep], going[keep], chosen[keep]
-                mask, positions = mask[keep], positions[keep]
-            logits = model(input_ids=chosen[:, None], attention_mask=mask[:, :width + t + 1], past_key_values=cache,
-                           position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
+            if (t + 1) % look_every == 0:
+                count = int(going.sum())
+                if count == 0:
+                    break
+                if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
+                    keep = going.nonzero().squeeze(1)
+                    cache.batch_select_indices(keep)
+                    active, going, chosen = active[keep], going[keep], chosen[keep]
+                    mask, positions = mask[keep], positions[keep]
+            seen = mask[:, :width + t + 1]
+            logits = model(input_ids=chosen[:, None], attention_mask=seen[:, None, None].bool() if four_dimensions else seen,
+                           past_key_values=cache, position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
         tokens = tokens.tolist()
         for row, i in enumerate(batch):
             responses[i] = [cut_at_eos(r, eos) for r in tokens[row * responses_per_prompt:][:responses_per_prompt]]
@@ -640,19 +744,52 @@ def model_inputs(mb):
             torch.cat([mb["prompt_mask"], mb["response_mask"]], 1))
 
 
-def response_logprobs(model, input_ids, attention_mask, response_length, temperature):
+def target_logprobs(head, hidden, targets, temperature, logits_mb):
+    """Log-probability of each target under softmax(head(hidden) / temperature), without all logits at once.
+
+    In float32 the logits of 48 responses of 512 tokens and a vocabulary of 152k take 15 GB, their gradient as much again, and
+    more than the model. Here a part of them is computed, used and forgotten, and computed once more in the backward pass.
+
+    Args: head: the lm_head; hidden: (K, D); targets: (K,); logits_mb: float32 size of one part, MB. Returns: (K,) float32.
+    """
+    def logprobs(hidden, targets):
+        logits = head(hidden).float() / temperature
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    size = max(1, int(logits_mb * 2**18 / head.weight.shape[0]))  # positions; a float32 has four bytes
+    return torch.cat([checkpoint(logprobs, h, t, use_reentrant=False, preserve_rng_state=False)
+                      for h, t in zip(hidden.split(size), targets.split(size))])
+
+
+def logits_are_plain(model):
+    """Whether logits are lm_head(last hidden state) and nothing else: Gemma 2 caps them, Granite and Cohere scale them."""
+    input_ids = torch.arange(8, device=model.device)[None]
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    with torch.no_grad(), autocast(model.device):
+        return torch.equal(model(**inputs).logits, model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state))
+
+
+def response_logprobs(model, input_ids, attention_mask, response_length, temperature, logits_mb=0):
     """Log-probability of each of the last `response_length` tokens under the model's sampling distribution.
 
     Args: input_ids, attention_mask: (B, P + T), prompts padded left, responses right; response_length: T.
+        logits_mb: logits that would take more than this in float32, MB, are computed in parts; 0: never.
     Returns: (B, T) float32; on padding the values mean nothing and are to be masked.
     """
     # Left padding shifts a row to the right: without positions from the mask the same row would differ by its neighbours.
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    with autocast(input_ids.device):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False,
-                       logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
-    logits = logits[:, :-1].float() / temperature  # position t predicts token t + 1
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
     targets = input_ids[:, -response_length:]
+    head = model.get_output_embeddings()
+    if logits_mb and targets.numel() * head.weight.shape[0] > logits_mb * 2**18:
+        with autocast(input_ids.device):
+            hidden = model.base_model(**inputs).last_hidden_state[:, -response_length - 1:-1]  # (B, T, D)
+            real = attention_mask[:, -response_length:] == 1  # padding needs no logits
+            logprobs = target_logprobs(head, hidden[real], targets[real], temperature, logits_mb)
+        return torch.zeros(targets.shape, device=targets.device).masked_scatter(real, logprobs)
+    with autocast(input_ids.device):
+        logits = model(**inputs, logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
+    logits = logits[:, :-1].float() / temperature  # position t predicts token t + 1
     return torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1)
 
 
@@ -677,9 +814,21 @@ def forward_rows(function, batch, rows, batch_size, device):
 
 
 def load_critic(cfg, reward_model, device):
-    """The critic: the RM with a value at every token, its head rescaled to the normalised reward that it will predict."""
-    critic = load_model(AutoModelForTokenClassification, cfg.reward_model, device, num_labels=1)
+    """The critic: the RM with a value at every token, its head rescaled to the normalised reward that it will predict.
+
+    With LoRA it is adapters and a head on the blocks of the RM itself, which takes its scores with the adapters off.
+    """
+    if cfg.lora_rank:
+        with torch.device("meta"):  # no memory: the blocks are replaced
+            critic = AutoModelForTokenClassification.from_config(reward_model.config, dtype=getattr(torch, cfg.dtype))
+        setattr(critic, critic.base_model_prefix, reward_model.base_model)
+        add_adapters(critic, cfg.lora_rank, getattr(torch, cfg.dtype), cfg.seed)
+    else:
+        critic = load_model(AutoModelForTokenClassification, cfg.reward_model, device, dtype=getattr(torch, cfg.dtype),
+                            num_labels=1)
     head = critic.score if hasattr(critic, "score") else critic.classifier  # GPT-2 calls it classifier
+    if cfg.lora_rank:
+        head.to_empty(device=device).requires_grad_(True)
     mean, std = reward_model.config.reward_mean, reward_model.config.reward_std
     with torch.no_grad():
         head.weight.copy_(reward_model.score.weight / std)
@@ -757,10 +906,166 @@ def plot_curves(metrics, path, title):
     plt.close(figure)
 
 
+# ------------------------------------------------------------------------ --plan: the memory, from the configs alone
+
+
+def tensor_bytes(tensors):
+    """Bytes of the distinct tensors among `tensors`; tied weights count once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def activation_bytes(model, rows, length, in_bf16):
+    """Bytes that autograd keeps for the backward pass of one pass of (rows, length) tokens through the blocks of `model`.
+
+    The pass runs for real, on tensors that have a shape and a type but no memory, so any architecture is counted as it is:
+    also the copies of the weights that autocast makes, but without dropout. `model` is on the meta device, and of no use afterwards.
+    """
+    kept, fake = {}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None and id(tensor) not in fake:
+                        fake[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        if isinstance(tensor, torch.nn.Parameter):
+                            fake[id(tensor)] = torch.nn.Parameter(fake[id(tensor)], requires_grad=tensor.requires_grad)
+                    table[name] = fake.get(id(tensor), tensor)
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        ids = torch.ones(rows, length, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+                torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            model.eval().base_model(input_ids=ids, attention_mask=ids, position_ids=ids.cumsum(-1) - 1, use_cache=False)
+    return sum(kept.values())
+
+
+def empty_models(cfg, gpu, layers=None):
+    """{role: model} as `main` has them, on the meta device: shapes without memory. `layers`: number of blocks, None for all."""
+    def empty(model_class, path, frozen, **options):
+        check_model_path(path)
+        try:
+            config = AutoConfig.from_pretrained(path, **options)
+        except (OSError, ValueError) as error:
+            fail(f"no config at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+        if layers:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
+        config.reward_mean, config.reward_std = 0.0, 1.0  # an RM yet to be trained has none
+        model = model_class.from_config(config, dtype=getattr(torch, cfg.dtype))
+        return freeze(model, gpu) if frozen else model
+
+    with torch.device("meta"):
+        models = {"policy": empty(AutoModelForCausalLM, cfg.policy, cfg.lora_rank > 0)}
+        models["reward model"] = empty(AutoModelForSequenceClassification, cfg.reward_model, True, num_labels=1)
+        if cfg.lora_rank:
+            add_adapters(models["policy"], cfg.lora_rank, getattr(torch, cfg.dtype), cfg.seed)
+        else:
+            models["reference"] = empty(AutoModelForCausalLM, cfg.policy, True)
+        if cfg.advantage == "gae":
+            models["critic"] = load_critic(cfg, models["reward model"], torch.device("meta")) if cfg.lora_rank else \
+                empty(AutoModelForTokenClassification, cfg.reward_model, False, num_labels=1)
+    return models
+
+
+def memory_plan(cfg):
+    """Peak memory of each phase, bytes -> {"roles": {role: {...}}, "phases": {phase: bytes}, "parts": {part: bytes}}.
+
+    Weights, gradients and optimiser states are exact; activations are those of full-length rows; what is short-lived
+    (logits, masks, the passes without gradients) is an estimate.
+    """
+    gpu = cfg.card_gb > 0 or torch.cuda.is_available()
+    models = empty_models(cfg, gpu)
+    config = models["policy"].config
+    width, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    size = 2 if gpu or cfg.dtype == "bfloat16" else 4  # bytes of a number in a matrix product
+    length = cfg.prompt_tokens + cfg.max_new_tokens
+    rollouts = cfg.prompts_per_iteration * cfg.responses_per_prompt
+    rows = {"generate": min(cfg.generate_batch_size, rollouts), "score": min(cfg.score_batch_size, rollouts),
+            "train": min(cfg.micro_batch_size, cfg.minibatch_size)}
+
+    roles, counted = {}, set()
+    for role, model in models.items():
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in counted]  # LoRA shares the blocks
+        counted |= {id(t) for t in tensors}
+        learned = [p for p in model.parameters() if p.requires_grad and role in ("policy", "critic")]
+        roles[role] = {"parameters": sum(p.numel() for p in model.parameters()), "learned": sum(p.numel() for p in learned),
+                       "weights": tensor_bytes(tensors), "gradients": tensor_bytes(learned),
+                       "optimiser": 2 * tensor_bytes(learned) + 4 * len(learned)}  # AdamW: two moments, and a step count
+    held = sum(role["weights"] + role["optimiser"] for role in roles.values())
+
+    # Autocast keeps a bf16 copy of the float32 matrices that learn; `activation_bytes` has seen it.
+    copies = sum(2 * m.weight.numel() for m in models["policy"].modules() if gpu and isinstance(m, (torch.nn.Linear, Conv1D))
+                 and m.weight.requires_grad and m.weight.dtype == torch.float32)
+    parts = {"KV cache": 2 * layers * heads * head * rows["generate"] * length * size,
+             "generate: logits": 16 * rows["generate"] * vocabulary, "bf16 copies": copies}
+
+    def logits(count):
+        """Bytes of the logits of so many rows while logprobs and their gradients are computed: four float32 each."""
+        part = cfg.logits_mb * 2**18 / vocabulary if cfg.logits_mb else math.inf
+        return int(16 * vocabulary * min(count * cfg.max_new_tokens, part))
+
+    def without_gradients(count, tokens):
+        """A block's largest tensors, and the mask of padded batches: bool and its float form."""
+        return count * tokens * (3 * inner + 4 * width) * size + 3 * count * tokens**2
+
+    prompts = max(1, rows["generate"] // cfg.responses_per_prompt)
+    parts["prefill"] = without_gradients(prompts, cfg.prompt_tokens)
+    phases = {"generate": held + sum(parts.values()),
+              "score": held + copies + without_gradients(rows["score"], length) + logits(rows["score"])}
+    for role in (r for r in ("critic", "policy") if r in models):
+        if cfg.gradient_checkpointing:  # one block's activations at a time, and what goes into each
+            kept = activation_bytes(empty_models(cfg, gpu, layers=1)[role], rows["train"], length, gpu)
+            kept += copies + layers * rows["train"] * length * width * (2 if cfg.dtype == "bfloat16" else 4)
+        else:
+            kept = activation_bytes(models[role], rows["train"], length, gpu)
+        parts[f"train {role}: activations"] = kept
+        parts[f"train {role}: logits"] = logits(rows["train"]) if role == "policy" else 0
+        phases[f"train {role}"] = held + roles[role]["gradients"] + kept + parts[f"train {role}: logits"]
+    return {"roles": roles, "phases": phases, "parts": parts}
+
+
+def print_plan(cfg):
+    """--plan: a table of what the flags need, and whether it fits."""
+    planned = memory_plan(cfg)
+    print(f"{'GB':<28}{'parameters':>12}{'learned':>12}{'weights':>10}{'gradients':>11}{'optimiser':>11}")
+    for role, row in planned["roles"].items():
+        print(f"{role:<28}{row['parameters'] / 1e6:>10.1f} M{row['learned'] / 1e6:>10.1f} M{row['weights'] / 2**30:>10.2f}"
+              f"{row['gradients'] / 2**30:>11.2f}{row['optimiser'] / 2**30:>11.2f}")
+    for name, size in {**planned["parts"], **{f"peak, {phase}": size for phase, size in planned["phases"].items()}}.items():
+        print(f"{name:<28}{size / 2**30:>12.2f}")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if cfg.card_gb:
+        memory = cfg.card_gb * 2**30
+    elif torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    phase = max(planned["phases"], key=planned["phases"].get)
+    peak, room = planned["phases"][phase], 0.95 * memory - 2**30  # the driver takes up to 1 GB, gaps between blocks some percent
+    advice = {"generate": "--generate_batch_size", "score": "--score_batch_size"}.get(phase, "--micro_batch_size")
+    if not cfg.gradient_checkpointing and advice == "--micro_batch_size":
+        advice += ", or take --gradient_checkpointing"
+    if sum(row["weights"] + row["gradients"] + row["optimiser"] for row in planned["roles"].values()) > 0.8 * room:
+        advice = "nothing: weights and optimiser are too large; take --lora_rank 16" if not cfg.lora_rank else "the model"
+    verdict = "it fits" if peak <= room else f"it does NOT fit; lower {advice}"
+    print(f"largest: {phase}, {peak / 2**30:.1f} GB of {memory / 2**30:.1f} ({room / 2**30:.1f} without the driver's): {verdict}")
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
 def main(cfg):
+    if cfg.plan:
+        print_plan(cfg)
+        return
     started = time.time()
     n, per_prompt = cfg.prompts_per_iteration, cfg.responses_per_prompt
     if cfg.strategy == "single":  # PPO-S: as many responses, each to a prompt of its own
@@ -778,11 +1083,15 @@ def main(cfg):
     problems, validation = read_jsonl(cfg.data, PROBLEM_FIELDS), read_jsonl(cfg.validation, PROBLEM_FIELDS)
     device = set_up(cfg.threads)
 
-    # ---- four models: policy and critic learn, reference and reward model are frozen
-    tokenizer = load_tokenizer(cfg.policy)
-    policy = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer)).train()
-    reference = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer)).eval().requires_grad_(False)
-    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, device).eval().requires_grad_(False)
+    # ---- four models: policy and critic learn, reference and reward model are frozen; with LoRA, two learn to be four
+    tokenizer, dtype = load_tokenizer(cfg.policy), learning_dtype(cfg)
+    policy = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer), dtype, frozen=cfg.lora_rank > 0)
+    if cfg.lora_rank:
+        policy = reference = add_adapters(policy, cfg.lora_rank, dtype, cfg.seed)
+    else:
+        reference = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer), dtype, frozen=True).eval()
+    policy.train()
+    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, device, dtype=dtype, frozen=True).eval()
     if not hasattr(reward_model.config, "reward_mean") or not hasattr(reward_model.config, "reward_std"):
         fail(f"{cfg.reward_model} has no reward_mean and reward_std in its config; train it with 02_reward_model.py")
     models = {"policy": policy}
@@ -792,8 +1101,10 @@ def main(cfg):
         for model in models.values():
             model.activation_checkpointing_enable()
     learning_rates = {"policy": cfg.lr, "critic": cfg.critic_lr}
-    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=learning_rates[name], weight_decay=0.0)
+    optimizers = {name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rates[name],
+                                          weight_decay=0.0, fused=device.type == "cuda" or None)
                   for name, model in models.items()}
+    logits_mb = cfg.logits_mb if logits_are_plain(policy) else 0
     prompt_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
     validation_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in validation]
     check_lengths(problems + validation, prompt_ids + validation_ids, cfg.max_new_tokens, policy.config)
@@ -807,7 +1118,7 @@ def main(cfg):
         return sum(result.passed for result in results) / len(results)
 
     def logprobs_of(model, mb):
-        return response_logprobs(model, *model_inputs(mb), mb["response_ids"].shape[1], cfg.temperature)
+        return response_logprobs(model, *model_inputs(mb), mb["response_ids"].shape[1], cfg.temperature, logits_mb)
 
     def values_of(mb):
         return response_values(models["critic"], *model_inputs(mb), mb["response_ids"].shape[1])
@@ -825,7 +1136,7 @@ def main(cfg):
         if changed:
             fail(f"{out} was started with other settings ({', '.join(changed)}); use the same flags to resume it")
         for name, model in models.items():
-            model.load_state_dict(state["models"][name])
+            model.load_state_dict(state["models"][name], strict=not cfg.lora_rank)
             optimizers[name].load_state_dict(state["optimizers"][name])
         metrics, kl_coef, best = state["metrics"], state["kl_coef"], state["best"]
         print(f"resuming {out} after iteration {metrics[-1]['iteration']}", flush=True)
@@ -858,8 +1169,9 @@ def main(cfg):
         clock.append(time.time())
 
         # ---- score: RM rewards, normalised by their mean and standard deviation over responses of the SFT policy
-        rm_scores = score_responses(reward_model, [p + r for p, r in zip(row_prompts, responses)], tokenizer.pad_token_id,
-                                    cfg.score_batch_size)
+        with adapters_off(reward_model):  # with LoRA it shares its blocks with the critic
+            rm_scores = score_responses(reward_model, [p + r for p, r in zip(row_prompts, responses)], tokenizer.pad_token_id,
+                                        cfg.score_batch_size)
         rm_scores = (rm_scores - reward_model.config.reward_mean) / reward_model.config.reward_std  # (n * N,)
         truncated = torch.tensor([ids[-1] != tokenizer.eos_token_id for ids in responses])
         scores = rm_scores - cfg.truncation_penalty * truncated
@@ -878,7 +1190,8 @@ def main(cfg):
         measured = every[::per_prompt]  # KL and entropy are logged over one response a prompt: kept ones are a biased sample
         forward = torch.cat([used, measured]).unique()
         batch["old_logprobs"] = forward_rows(lambda mb: logprobs_of(policy, mb), batch, forward, cfg.score_batch_size, device)
-        ref_logprobs = forward_rows(lambda mb: logprobs_of(reference, mb), batch, forward, cfg.score_batch_size, device)
+        with adapters_off(reference):  # with LoRA it is the policy itself
+            ref_logprobs = forward_rows(lambda mb: logprobs_of(reference, mb), batch, forward, cfg.score_batch_size, device)
         if cfg.advantage == "gae":
             batch["old_values"] = forward_rows(values_of, batch, used, cfg.score_batch_size, device)
             rewards = token_rewards(scores, batch["old_logprobs"], ref_logprobs, mask, kl_coef)
@@ -962,7 +1275,7 @@ def main(cfg):
         if cfg.save_every and iteration % cfg.save_every == 0:
             save_model(policy, tokenizer, out / f"iteration_{iteration}")
         torch.save({"config": dataclasses.asdict(settings), "metrics": metrics, "kl_coef": kl_coef, "best": best,
-                    "models": {name: model.state_dict() for name, model in models.items()},
+                    "models": {name: trained_weights(model) for name, model in models.items()},
                     "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}},
                    f"{state_path}.tmp")
         os.replace(f"{state_path}.tmp", state_path)

@@ -69,8 +69,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Cache,
                           DynamicLayer)
+from transformers.pytorch_utils import Conv1D
 
 import sandbox
 
@@ -353,11 +355,26 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def load_model(model_class, path, device, tokens=0, **options):
+def freeze(model, in_bf16):
+    """No gradients; with `in_bf16` the weights of matrix products in bf16, as autocast would make them at each use.
+
+    Embeddings and norms stay float32: they carry the residual stream, and a reference that rounds it has other logprobs
+    than the policy before the first update.
+    """
+    model.requires_grad_(False)
+    embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    for module in model.modules() if in_bf16 else ():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings:  # an lm_head may be tied
+            module.to(torch.bfloat16)
+    return model
+
+
+def load_model(model_class, path, device, tokens=0, dtype=torch.float32, frozen=False, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy, or ratios start off 1.
 
     Args: tokens: rows that the embedding must have, len(tokenizer). A pad token that `load_tokenizer` had to add gets the
         mean of the other rows: policy and reference get the same one, and no other token's logit changes.
+        dtype: of the weights, where not float32. frozen: without gradients, on a GPU half as large (`freeze`).
     """
     check_model_path(path)
     try:
@@ -366,7 +383,7 @@ def load_model(model_class, path, device, tokens=0, **options):
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
         config.classifier_dropout = 0.0  # where it is not set, the token classification head would take 0.1
-        model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
+        model = model_class.from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         fail(f"no model at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
     rows = model.get_input_embeddings().num_embeddings
@@ -374,14 +391,33 @@ def load_model(model_class, path, device, tokens=0, **options):
         model.resize_token_embeddings(tokens, mean_resizing=False)
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    if frozen:
+        freeze(model, device.type == "cuda")  # before it goes to the GPU
     return model.to(device)
+
+
+def merged_weights(model):
+    """State dict of a model with LoRA adapters as if it had none: W + B A in float32, under the plain names. None without."""
+    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    if not adapted:
+        return None  # save_pretrained then takes the model's own
+    weights, copies = {}, {}
+    for name, weight in model.state_dict().items():
+        module, _, kind = name.rpartition(".base_layer.")
+        if ".lora_" in name:
+            continue
+        weight = copies.setdefault(weight.data_ptr(), weight.float().cpu())  # tied weights stay one tensor
+        if module and kind == "weight":
+            weight = weight + adapted[module].get_delta_weight("default").float().cpu()
+        weights[f"{module}.{kind}" if module else name] = weight
+    return weights
 
 
 def save_model(model, tokenizer, directory):
     """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete."""
     temporary = Path(f"{directory}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=merged_weights(model))
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
         shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
@@ -417,8 +453,11 @@ class PreallocatedLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            heads, width = key_states.shape[1], key_states.shape[3]
-            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width) for s in (key_states, value_states)]
+            heads, width, kind = key_states.shape[1], key_states.shape[3], key_states.device.type
+            # Under autocast attention reads bf16: kept in float32, the whole cache would be cast again at every token.
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key_states.dtype
+            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width, dtype=dtype)
+                            for s in (key_states, value_states)]
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         for buffer, states in zip(self.buffers, (key_states, value_states)):
@@ -438,17 +477,24 @@ class PreallocatedLayer(DynamicLayer):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size):
+def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size,
+             look_every=0):
     """Sample responses; faster than `model.generate` by a preallocated cache, prompts sorted by length and computed
     once for all their responses, and finished rows dropped from the batch.
 
     Args:
         prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
         batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
+        look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
+            1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
     device, eos, training = model.device, tokenizer.eos_token_id, model.training
     model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
+    look_every = look_every or (1 if device.type == "cpu" else 16)
+    # A mask of two dimensions makes transformers look, too (is there any padding?); one of four it takes as it is.
+    four_dimensions = (look_every > 1 and model.config._attn_implementation == "sdpa"
+                       and not getattr(model.config, "sliding_window", None))
     responses = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     prompts_per_batch = max(1, batch_size // responses_per_prompt)
@@ -480,16 +526,20 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
                 chosen = logits.argmax(-1)
             tokens[active, t] = chosen
             going = going & (chosen != eos)
-            count = int(going.sum())
-            if count == 0 or t + 1 == max_new_tokens:
+            if t + 1 == max_new_tokens:
                 break
-            if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
-                keep = going.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                active, going, chosen = active[keep], going[keep], chosen[keep]
-                mask, positions = mask[keep], positions[keep]
-            logits = model(input_ids=chosen[:, None], attention_mask=mask[:, :width + t + 1], past_key_values=cache,
-                           position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
+            if (t + 1) % look_every == 0:
+                count = int(going.sum())
+                if count == 0:
+                    break
+                if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
+                    keep = going.nonzero().squeeze(1)
+                    cache.batch_select_indices(keep)
+                    active, going, chosen = active[keep], going[keep], chosen[keep]
+                    mask, positions = mask[keep], positions[keep]
+            seen = mask[:, :width + t + 1]
+            logits = model(input_ids=chosen[:, None], attention_mask=seen[:, None, None].bool() if four_dimensions else seen,
+                           past_key_values=cache, position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
         tokens = tokens.tolist()
         for row, i in enumerate(batch):
             responses[i] = [cut_at_eos(r, eos) for r in tokens[row * responses_per_prompt:][:responses_per_prompt]]
@@ -592,19 +642,44 @@ def model_inputs(mb):
             torch.cat([mb["prompt_mask"], mb["response_mask"]], 1))
 
 
-def response_logprobs(model, input_ids, attention_mask, response_length, temperature):
+def target_logprobs(head, hidden, targets, temperature, logits_mb):
+    """Log-probability of each target under softmax(head(hidden) / temperature), without all logits at once.
+
+    In float32 the logits of 48 responses of 512 tokens and a vocabulary of 152k take 15 GB, their gradient as much again, and
+    more than the model. Here a part of them is computed, used and forgotten, and computed once more in the backward pass.
+
+    Args: head: the lm_head; hidden: (K, D); targets: (K,); logits_mb: float32 size of one part, MB. Returns: (K,) float32.
+    """
+    def logprobs(hidden, targets):
+        logits = head(hidden).float() / temperature
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    size = max(1, int(logits_mb * 2**18 / head.weight.shape[0]))  # positions; a float32 has four bytes
+    return torch.cat([checkpoint(logprobs, h, t, use_reentrant=False, preserve_rng_state=False)
+                      for h, t in zip(hidden.split(size), targets.split(size))])
+
+
+def response_logprobs(model, input_ids, attention_mask, response_length, temperature, logits_mb=0):
     """Log-probability of each of the last `response_length` tokens under the model's sampling distribution.
 
     Args: input_ids, attention_mask: (B, P + T), prompts padded left, responses right; response_length: T.
+        logits_mb: logits that would take more than this in float32, MB, are computed in parts; 0: never.
     Returns: (B, T) float32; on padding the values mean nothing and are to be masked.
     """
     # Left padding shifts a row to the right: without positions from the mask the same row would differ by its neighbours.
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    with autocast(input_ids.device):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False,
-                       logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
-    logits = logits[:, :-1].float() / temperature  # position t predicts token t + 1
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
     targets = input_ids[:, -response_length:]
+    head = model.get_output_embeddings()
+    if logits_mb and targets.numel() * head.weight.shape[0] > logits_mb * 2**18:
+        with autocast(input_ids.device):
+            hidden = model.base_model(**inputs).last_hidden_state[:, -response_length - 1:-1]  # (B, T, D)
+            real = attention_mask[:, -response_length:] == 1  # padding needs no logits
+            logprobs = target_logprobs(head, hidden[real], targets[real], temperature, logits_mb)
+        return torch.zeros(targets.shape, device=targets.device).masked_scatter(real, logprobs)
+    with autocast(input_ids.device):
+        logits = model(**inputs, logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
+    logits = logits[:, :-1].float() / temperature  # position t predicts token t + 1
     return torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1)
 
 

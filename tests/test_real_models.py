@@ -1,0 +1,438 @@
+"""What real models need, on small ones: --dtype, logits in parts, LoRA, --plan, a sampler that does not wait for the host.
+
+Tests of LoRA are left out where peft is missing (runs/test.sh installs it).
+"""
+
+import importlib.util
+import json
+import shutil
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import run_script, tiny_config
+from test_models import DEVICE, Tokens, logprobs_of, rows, training_batch
+from test_pipeline import read, without_seconds
+
+needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed: requirements-lora.txt")
+ARCHITECTURES = ["llama", "qwen2", "gpt2"]
+
+
+def policy_step(ppo, policy, optimizer, batch, logits_mb=0):
+    """One optimiser step of `train_epoch` on `batch` -> its statistics."""
+    def loss_of(mb):
+        logprobs = ppo.response_logprobs(policy, *ppo.model_inputs(mb), mb["response_ids"].shape[1], 1.0, logits_mb)
+        return ppo.policy_loss(logprobs, mb["old_logprobs"], mb["advantages"], mb["response_mask"], 0.2)
+
+    cfg = ppo.Config(minibatch_size=8, micro_batch_size=4)
+    return ppo.train_epoch(policy, optimizer, loss_of, batch, torch.arange(8), cfg, torch.Generator().manual_seed(0), DEVICE)
+
+
+def saved_bytes(function, model):
+    """Bytes that autograd keeps for the backward pass of `function()`, without the model's own weights: counted, not planned."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that its address is not given away again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    return sum(size for size, _ in kept.values()), result
+
+
+# ------------------------------------------------------------------------------------------------------------- --dtype
+
+
+def test_pure_bf16_weights_do_not_move_at_the_papers_learning_rate(ppo, model_folder):
+    """The step of --dtype bfloat16 at lr 5e-7, as stage 4 makes it: float32 weights move, bf16 ones stay to the last bit."""
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE, dtype=dtype)
+        assert {p.dtype for p in policy.parameters()} == {dtype}
+        batch = training_batch(ppo, policy)
+        before = [p.detach().clone() for p in policy.parameters()]
+        policy_step(ppo, policy, torch.optim.AdamW(policy.parameters(), lr=5e-7, weight_decay=0.0), batch)
+        large = [(a, b) for a, b in zip(before, policy.parameters())]
+        changed = sum(((a != b) & (a.abs() > 1e-3)).sum().item() for a, b in large)
+        moved[dtype] = changed / sum((a.abs() > 1e-3).sum().item() for a, _ in large)
+    assert moved[torch.float32] > 0.5 and moved[torch.bfloat16] == 0.0
+
+
+def test_bfloat16_warns_in_one_line_and_runs_through_all_stages(pipeline, sft, rm, ppo, monkeypatch, capsys):
+    monkeypatch.chdir(pipeline["folder"])
+    for folder in ("out/bf16_sft", "out/bf16_rm", "out/bf16_ppo"):
+        shutil.rmtree(folder, ignore_errors=True)
+    sft.main(sft.Config(model="out/sft", out="out/bf16_sft", dtype="bfloat16", epochs=0.2, lr=1e-3))
+    rm.main(rm.Config(policy="out/sft", out="out/bf16_rm", dtype="bfloat16", epochs=1))
+    ppo.main(ppo.Config(dtype="bfloat16", out="out/bf16_ppo", iterations=2, prompts_per_iteration=8, minibatch_size=8, critic_warmup=1))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: --dtype bfloat16")]
+    assert len(warnings) == 3 and "rounded away" in warnings[0]
+    for folder in ("out/bf16_sft", "out/bf16_rm", "out/bf16_ppo/last"):
+        assert json.loads((pipeline["folder"] / folder / "config.json").read_text())["dtype"] == "bfloat16"
+    metrics = read(pipeline["folder"] / "out/bf16_ppo/metrics.jsonl")
+    assert metrics[1]["kl_per_response"] == 0.0 and metrics[2]["policy_ratio"] == pytest.approx(1, abs=0.05)
+
+
+def test_frozen_in_bf16_gives_what_autocast_gives_the_float32_model(ppo, model_folder):
+    """A reference held in bf16 must not differ from the policy before the first update: same logprobs to the last bit."""
+    policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE)
+    reference = ppo.freeze(ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE), in_bf16=True)
+    batch = ppo.make_batch(*rows(), 0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logprobs_of(ppo, policy, batch), logprobs_of(ppo, reference, batch))
+    assert not any(p.requires_grad for p in reference.parameters())
+    halves = [p.numel() for p in reference.parameters() if p.dtype == torch.bfloat16]
+    embeddings = sum(m.weight.numel() for m in reference.modules() if isinstance(m, torch.nn.Embedding))
+    assert sum(halves) > 0.9 * (sum(p.numel() for p in reference.parameters()) - embeddings)  # all but embeddings and norms
+    plain = reference.to(torch.bfloat16)  # what it is not: the residual stream rounded, too
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert (logprobs_of(ppo, policy, batch) - logprobs_of(ppo, plain, batch)).abs().max() > 1e-2
+
+
+# -------------------------------------------------------------------------------------------------------- logits in parts
+
+
+@pytest.mark.parametrize("positions", [1, 7, 1000])
+def test_logits_in_parts_give_the_same_logprobs_and_gradients(ppo, model_folder, positions):
+    policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE)
+    assert ppo.logits_are_plain(policy)
+    batch = ppo.make_batch(*rows(9), 0)
+    mask = batch["response_mask"]
+    torch.manual_seed(0)
+    weights = torch.randn(mask.shape) * mask
+    results = []
+    for logits_mb in (0, 50 * positions / 2**18):  # the vocabulary has 50 tokens
+        logprobs = ppo.response_logprobs(policy, *ppo.model_inputs(batch), mask.shape[1], 0.7, logits_mb)
+        (logprobs * weights).sum().backward()
+        results.append((logprobs.detach() * mask, [p.grad.clone() for p in policy.parameters()]))
+        policy.zero_grad()
+    (plain, gradients), (parts, gradients_of_parts) = results
+    assert torch.allclose(plain, parts, atol=1e-5)
+    for a, b in zip(gradients, gradients_of_parts):
+        assert torch.allclose(a, b, atol=1e-5 * max(1.0, a.abs().max().item()))
+
+
+def test_sft_loss_in_parts_is_the_same(sft, model_folder):
+    model = sft.load_model(sft.AutoModelForCausalLM, model_folder, DEVICE)
+    input_ids, labels = sft.collate([(p, r) for p, r in zip(*rows(9))], 0)
+    results = []
+    for logits_mb in (0, 50 * 5 / 2**18):
+        loss = sft.batch_loss(model, input_ids, labels, logits_mb)
+        loss.backward()
+        results.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
+        model.zero_grad()
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5 * max(1.0, a.abs().max().item())) for a, b in zip(results[0][1], results[1][1]))
+
+
+def test_logits_in_parts_keep_less(ppo):
+    """A vocabulary of 20,000: what autograd keeps falls by the logits, to a part's size and less."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("llama")
+    config.vocab_size = 20_000
+    policy = AutoModelForCausalLM.from_config(config)
+    batch = ppo.make_batch(*rows(16), 0)
+    count = batch["response_mask"].numel()
+
+    def keeps(logits_mb):
+        return saved_bytes(lambda: ppo.response_logprobs(policy, *ppo.model_inputs(batch), batch["response_mask"].shape[1], 1.0,
+                                                         logits_mb), policy)[0]
+
+    assert keeps(0) - keeps(1) > 0.9 * 4 * 20_000 * count  # at least the float32 log-probabilities of all positions
+
+
+def test_models_with_logits_of_their_own_are_noticed(ppo):
+    """Gemma 2 caps its logits, Granite scales them: lm_head(hidden) is not what they predict with."""
+    from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
+
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "intermediate_size": 64, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    for config in (Gemma2Config(**sizes, head_dim=8), GraniteConfig(**sizes, logits_scaling=8.0)):
+        assert not ppo.logits_are_plain(AutoModelForCausalLM.from_config(config).eval())
+
+
+# --------------------------------------------------------------------------------------------------------------- sampler
+
+
+@pytest.mark.parametrize("look_every", [2, 5, 100])
+def test_looking_less_often_changes_no_greedy_response(ppo, model_folder, look_every):
+    """As on a GPU: rows that have finished stay for a while, and the mask has four dimensions."""
+    policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE).eval()
+    prompts, _ = rows(9)
+    greedy = lambda eos, **options: [r for group in ppo.generate(  # noqa: E731
+        policy, SimpleNamespace(pad_token_id=0, eos_token_id=eos), prompts, 1, 14, 0.0, None, 4, **options) for r in group]
+    unbroken = greedy(-1)  # a greedy random model repeats itself and rarely says 1: take another token for EOS
+    places = {token: {r.index(token) if token in r else 99 for r in unbroken} for token in range(2, 50)}
+    eos = max(places, key=lambda token: len(places[token]))
+    every = greedy(eos)
+    assert len({len(r) for r in every}) > 2  # some finish early
+    assert greedy(eos, look_every=look_every) == every
+
+
+def test_under_autocast_the_cache_is_bf16(ppo, model_folder):
+    policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE).eval()
+    dtypes = set()
+    update = ppo.PreallocatedLayer.update
+
+    def spy(layer, *args, **kwargs):
+        result = update(layer, *args, **kwargs)
+        dtypes.update(buffer.dtype for buffer in layer.buffers)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo.PreallocatedLayer, "update", spy)
+        for context, expected in ((nullcontext(), torch.float32), (torch.autocast("cpu", torch.bfloat16), torch.bfloat16)):
+            dtypes.clear()
+            with context:
+                ppo.generate(policy, Tokens, rows(3)[0], 2, 4, 1.0, torch.Generator().manual_seed(0), 4)
+            assert dtypes == {expected}
+
+
+# ------------------------------------------------------------------------------------------------------------------ LoRA
+
+
+@pytest.fixture
+def lora_policy(ppo, model_folder):
+    policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE, frozen=True)
+    return ppo.add_adapters(policy, 4, torch.float32, 0)
+
+
+@needs_peft
+def test_lora_starts_at_ratio_one_and_kl_zero_and_leaves_the_reference_alone(ppo, lora_policy, model_folder, tmp_path):
+    plain = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE)
+    batch = training_batch(ppo, lora_policy)
+    with torch.no_grad(), ppo.adapters_off(lora_policy):
+        reference = logprobs_of(ppo, lora_policy, batch)
+    assert torch.equal(reference, batch["old_logprobs"])  # KL 0
+    assert torch.equal(reference, logprobs_of(ppo, plain, batch).detach())  # and it is the model of the folder
+    frozen = {name: p.detach().clone() for name, p in lora_policy.named_parameters() if not p.requires_grad}
+    assert len(frozen) == len(list(plain.parameters()))
+    learned = [p for p in lora_policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-2)
+    statistics = policy_step(ppo, lora_policy, optimizer, batch)
+    assert statistics["ratio"] == pytest.approx(1.0, abs=1e-5) and statistics["clip_fraction"] == 0.0
+    for _ in range(3):
+        policy_step(ppo, lora_policy, optimizer, batch, logits_mb=50 * 7 / 2**18)
+    after = logprobs_of(ppo, lora_policy, batch).detach()
+    assert ((after - reference) * batch["response_mask"]).abs().max() > 0.05  # the policy has moved
+    with torch.no_grad(), ppo.adapters_off(lora_policy):
+        assert torch.equal(logprobs_of(ppo, lora_policy, batch), reference)  # the reference has not
+    for name, p in lora_policy.named_parameters():
+        if name in frozen:
+            assert p.detach().numpy().tobytes() == frozen[name].numpy().tobytes(), name
+    assert all(p.requires_grad for p in learned)  # `adapters_off` has put everything back
+
+    # Saved, it is an ordinary folder that gives the same logprobs, with the tensors of the folder that it came from.
+    ppo.save_model(lora_policy, Saved, tmp_path / "merged")
+    merged = ppo.load_model(ppo.AutoModelForCausalLM, tmp_path / "merged", DEVICE)
+    assert torch.allclose(logprobs_of(ppo, merged, batch), after, atol=1e-4)
+    assert merged.state_dict().keys() == plain.state_dict().keys() and not list((tmp_path / "merged").glob("*adapter*"))
+    assert (tmp_path / "merged/model.safetensors").stat().st_size == (model_folder / "model.safetensors").stat().st_size
+    assert torch.equal(logprobs_of(ppo, lora_policy, batch).detach(), after)  # saving has not changed the policy
+
+
+class Saved:
+    """A tokenizer that has nothing to save."""
+
+    save_pretrained = staticmethod(lambda folder: None)
+
+
+@needs_peft
+def test_lora_merged_into_a_bf16_model_is_saved_in_float32(ppo, model_folder, tmp_path):
+    """As on a GPU, where the frozen matrices are bf16: a small update is not rounded away in the saved folder."""
+    policy = ppo.freeze(ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE), in_bf16=True)
+    ppo.add_adapters(policy, 4, torch.float32, 0)
+    assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.fill_(1e-6)
+    ppo.save_model(policy, Saved, tmp_path / "merged")
+    merged, plain = (ppo.load_model(ppo.AutoModelForCausalLM, folder, DEVICE).state_dict() for folder in (tmp_path / "merged", model_folder))
+    name = next(name for name, _ in policy.named_modules() if name.endswith(("q_proj", "c_attn"))) + ".weight"
+    update = merged[name] - plain[name].to(torch.bfloat16).float()
+    assert 1e-8 < update.abs().max() < 1e-4 and (update != 0).float().mean() > 0.5
+
+
+@needs_peft
+def test_the_lora_critic_learns_on_the_reward_models_blocks_and_leaves_its_scores_alone(ppo, model_folder):
+    reward_model = ppo.load_model(ppo.AutoModelForSequenceClassification, model_folder, DEVICE, frozen=True, num_labels=1)
+    reward_model.config.reward_mean, reward_model.config.reward_std = 2.0, 0.5
+    prompts, responses = rows(8, seed=3)
+    sequences = [p + r for p, r in zip(prompts, responses)]
+    scores = ppo.score_responses(reward_model, sequences, 0, 4)
+    cfg = ppo.Config(lora_rank=4, minibatch_size=8, micro_batch_size=4)
+    critic = ppo.load_critic(cfg, reward_model, DEVICE)
+    blocks = {id(p) for p in reward_model.base_model.parameters()}
+    assert blocks <= {id(p) for p in critic.parameters()}  # two roles, one backbone
+    batch = ppo.make_batch(prompts, responses, 0)
+    values = lambda mb: ppo.response_values(critic, *ppo.model_inputs(mb), mb["response_ids"].shape[1])  # noqa: E731
+    batch["old_values"] = values(batch).detach()
+    # As without LoRA it starts as the RM: the value before the last token is the normalised reward without that token.
+    for i, sequence in enumerate(sequences):
+        with ppo.adapters_off(reward_model):
+            before = reward_model(torch.tensor([sequence[:-1]])).logits[0, 0]
+        assert torch.allclose(batch["old_values"][i, len(responses[i]) - 1], (before - 2.0) / 0.5, atol=1e-3)
+    batch["returns"] = (batch["old_values"] + 1.0) * batch["response_mask"]
+    loss_of = lambda mb: ppo.value_loss(values(mb), mb["old_values"], mb["returns"], mb["response_mask"], 10.0)  # noqa: E731
+    optimizer = torch.optim.AdamW([p for p in critic.parameters() if p.requires_grad], lr=1e-2)
+    losses = [ppo.train_epoch(critic, optimizer, loss_of, batch, torch.arange(8), cfg, torch.Generator().manual_seed(0), DEVICE)["loss"]
+              for _ in range(8)]
+    assert losses[-1] < 0.5 * losses[0]
+    with ppo.adapters_off(reward_model):
+        assert torch.equal(ppo.score_responses(reward_model, sequences, 0, 4), scores)
+    assert not torch.equal(ppo.score_responses(reward_model, sequences, 0, 4), scores)  # the adapters would have changed them
+
+
+LORA_FLAGS = ("--strategy", "bw", "--iterations", 3, "--prompts_per_iteration", 8, "--minibatch_size", 8, "--eval_every", 1,
+              "--threads", 1, "--critic_warmup", 1, "--lora_rank", 4, "--lr", 1e-2)
+
+
+@needs_peft
+def test_lora_in_every_stage_and_resumed(pipeline, ppo, sft, rm, monkeypatch):
+    """01, 02 and 04 with --lora_rank; 04 stopped after two of three iterations and resumed ends as the unbroken run."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    folder = pipeline["folder"]
+    monkeypatch.chdir(folder)
+    for name in ("lora_sft", "lora_rm", "lora_ppo", "lora_stopped"):
+        shutil.rmtree(f"out/{name}", ignore_errors=True)
+    sft.main(sft.Config(model="out/sft", out="out/lora_sft", lora_rank=4, epochs=0.3, lr=1e-3))
+    rm.main(rm.Config(policy="out/lora_sft", out="out/lora_rm", lora_rank=4, epochs=2, lr=1e-2))
+    before, after = (AutoModelForCausalLM.from_pretrained(f"out/{name}").state_dict() for name in ("sft", "lora_sft"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed == {name for name in before if name.endswith("proj.weight")}
+    reward_model = AutoModelForSequenceClassification.from_pretrained("out/lora_rm")
+    assert reward_model.config.reward_std > 0 and reward_model.score.weight.shape == (1, 64)
+    assert json.loads((folder / "out/lora_rm/accuracy.json").read_text())["all pairs"]["accuracy"] > 0.6
+
+    run_script("04_pf_ppo.py", *LORA_FLAGS, "--out", "out/lora_ppo", "--reward_model", "out/lora_rm", cwd=folder)
+    metrics = read(folder / "out/lora_ppo/metrics.jsonl")
+    assert metrics[1]["kl_per_response"] == metrics[2]["kl_per_response"] == 0.0 != metrics[3]["kl_per_response"]
+    last = AutoModelForCausalLM.from_pretrained("out/lora_ppo/last").state_dict()
+    assert {name for name in before if not torch.equal(before[name], last[name])} == changed
+    state = folder / "out/lora_stopped/state.pt"
+    stop = ppo.torch.save
+
+    def save_twice(content, path):  # the third save does not come: as if killed in the third iteration
+        if len(content["metrics"]) == 4:
+            raise KeyboardInterrupt
+        stop(content, path)
+
+    cfg = dict(strategy="bw", iterations=3, prompts_per_iteration=8, minibatch_size=8, eval_every=1, threads=1, critic_warmup=1,
+               lora_rank=4, lr=1e-2, out="out/lora_stopped", reward_model="out/lora_rm")
+    monkeypatch.setattr(ppo.torch, "save", save_twice)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.main(ppo.Config(**cfg))
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert state.stat().st_size < (folder / "out/sft/model.safetensors").stat().st_size * 2  # adapters only, not two models
+    ppo.main(ppo.Config(**cfg, resume=True))
+    assert without_seconds(read(folder / "out/lora_stopped/metrics.jsonl")) == without_seconds(metrics)
+    a, b = ((folder / f"out/{run}/last/model.safetensors").read_bytes() for run in ("lora_ppo", "lora_stopped"))
+    assert a == b
+
+
+def test_lora_without_peft_says_what_to_install(pipeline, ppo, monkeypatch, capsys):
+    monkeypatch.chdir(pipeline["folder"])
+    monkeypatch.setitem(sys.modules, "peft", None)  # import peft raises ImportError
+    with pytest.raises(SystemExit) as stopped:
+        ppo.main(ppo.Config(lora_rank=4, out="out/no_peft"))
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "pip install -r requirements-lora.txt" in message and message.count("\n") == 1
+    assert not (pipeline["folder"] / "out/no_peft").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- --plan
+
+
+@pytest.fixture(params=[(kind, rank) for kind in ARCHITECTURES for rank in (0, 4)], ids=lambda p: f"{p[0]}-lora{p[1]}")
+def planned(request, ppo, tmp_path):
+    """(cfg, its plan, the models as `main` builds them) for a policy and an RM of some size."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind, rank = request.param
+    if rank and not importlib.util.find_spec("peft"):
+        pytest.skip("peft is not installed: requirements-lora.txt")
+    config = tiny_config(kind)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "policy")
+    config.num_labels, config.reward_mean, config.reward_std = 1, 0.0, 1.0
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "rm")
+    cfg = ppo.Config(policy=str(tmp_path / "policy"), reward_model=str(tmp_path / "rm"), lora_rank=rank, prompt_tokens=9,
+                     max_new_tokens=15, micro_batch_size=6, minibatch_size=12, prompts_per_iteration=4)
+    policy = ppo.load_model(AutoModelForCausalLM, cfg.policy, DEVICE, frozen=rank > 0)
+    models = {"policy": ppo.add_adapters(policy, rank, torch.float32, 0) if rank else policy}
+    models["reward model"] = ppo.load_model(AutoModelForSequenceClassification, cfg.reward_model, DEVICE, frozen=True)
+    models["critic"] = ppo.load_critic(cfg, models["reward model"], DEVICE)
+    return cfg, ppo.memory_plan(cfg), models
+
+
+def test_the_plan_counts_what_is_there(ppo, planned):
+    """Weights, gradients and optimiser states exactly; activations within 15%, counted by autograd's own hooks."""
+    cfg, plan, models = planned
+    rng = torch.Generator().manual_seed(0)
+    length = cfg.prompt_tokens + cfg.max_new_tokens
+    ids = torch.randint(2, 50, (cfg.micro_batch_size, length), generator=rng)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # padding, so that attention gets a mask
+    assert sum(role["weights"] for role in plan["roles"].values()) == sum(
+        t.numel() * t.element_size() for t in {id(t): t for m in [*models.values(), models["policy"]] for t in (*m.parameters(), *m.buffers())
+                                               }.values()) + (0 if cfg.lora_rank else plan["roles"]["reference"]["weights"])
+    for role in ("policy", "critic"):
+        model, row = models[role], plan["roles"][role]
+        if role == "policy":
+            forward = lambda: ppo.response_logprobs(model, ids, mask, cfg.max_new_tokens, 1.0, 50 * 8 / 2**18)  # noqa: E731,B023
+        else:
+            forward = lambda: ppo.response_values(model, ids, mask, cfg.max_new_tokens)  # noqa: E731,B023
+        counted, result = saved_bytes(forward, model)
+        assert plan["parts"][f"train {role}: activations"] == pytest.approx(counted, rel=0.15)
+        result.sum().backward()
+        learned = [p for p in model.parameters() if p.requires_grad]
+        assert row["gradients"] == sum(p.grad.numel() * p.grad.element_size() for p in learned)
+        optimizer = torch.optim.AdamW(learned)
+        optimizer.step()
+        states = [t for state in optimizer.state.values() for t in state.values()]
+        assert row["optimiser"] == sum(t.numel() * t.element_size() for t in states)
+        assert row["learned"] == sum(p.numel() for p in learned)
+
+
+def test_the_plan_counts_the_cache(ppo, planned):
+    """The KV cache as `generate` allocates it, all rows at their longest."""
+    cfg, plan, models = planned
+    sizes = []
+    select = ppo.PreallocatedLayer.batch_select_indices
+
+    def spy(layer, indices):
+        select(layer, indices)
+        sizes.append(sum(buffer.untyped_storage().nbytes() for buffer in layer.buffers))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo.PreallocatedLayer, "batch_select_indices", spy)
+        prompts = [[5] * cfg.prompt_tokens] * cfg.prompts_per_iteration
+        ppo.generate(models["policy"], Tokens, prompts, cfg.responses_per_prompt, cfg.max_new_tokens, 1.0,
+                     torch.Generator().manual_seed(0), cfg.generate_batch_size)
+    assert plan["parts"]["KV cache"] == sum(sizes[:models["policy"].config.num_hidden_layers])
+
+
+def test_the_plan_of_a_1_5b_model_is_printed_and_judged(ppo, tmp_path, monkeypatch, capsys):
+    """Qwen2.5-Coder-1.5B, from its config: 1.54 billion parameters, too much for 24 GB, and fine on 80 GB."""
+    from transformers import Qwen2Config
+
+    Qwen2Config(vocab_size=151936, hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+                intermediate_size=8960, tie_word_embeddings=True, eos_token_id=151643).save_pretrained(tmp_path / "qwen")
+    monkeypatch.chdir(tmp_path)
+    output = {}
+    for card in (24, 80):
+        ppo.main(ppo.Config(plan=True, policy=str(tmp_path / "qwen"), reward_model=str(tmp_path / "qwen"), max_new_tokens=512,
+                            micro_batch_size=4, gradient_checkpointing=True, card_gb=card))
+        output[card] = capsys.readouterr().out
+    assert "1543.7 M" in output[24] and "does NOT fit" in output[24] and "--lora_rank" in output[24]
+    assert "it fits" in output[80] and "KV cache" in output[80]
+    assert not (tmp_path / "out").exists()  # a plan writes nothing
