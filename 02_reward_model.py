@@ -349,6 +349,8 @@ def add_adapters(model, rank, dtype, seed):
 
     B starts at 0, so the model is at first what it was. The update counts twice (alpha = 2 rank, a common choice).
     """
+    if rank < 1:
+        fail(f"--lora_rank {rank} is no rank; take 8 to 64, or 0 to learn all weights")
     try:
         import peft
     except ImportError:

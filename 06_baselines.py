@@ -69,7 +69,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Cache,
                           DynamicLayer)
 from transformers.pytorch_utils import Conv1D
@@ -642,21 +641,52 @@ def model_inputs(mb):
             torch.cat([mb["prompt_mask"], mb["response_mask"]], 1))
 
 
+class TargetLogprobs(torch.autograd.Function):
+    """log softmax(hidden W^T / temperature) at the targets, in both passes for a part of the rows at a time.
+
+    The backward pass computes the logits once more: d logprob / d logits = (onehot(target) - softmax) / temperature.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, size):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, ctx.size = temperature, size
+        logprobs = []
+        for h, t in zip(hidden.split(size), targets.split(size)):
+            logits = torch.nn.functional.linear(h, weight)  # (size, V)
+            ctx.dtype = logits.dtype  # bf16 under autocast
+            logits = logits.float() / temperature
+            logprobs.append(logits.gather(1, t[:, None]).squeeze(1) - logits.logsumexp(1))
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight, targets = ctx.saved_tensors
+        w = weight.to(ctx.dtype)
+        hidden_gradient = torch.empty_like(hidden)
+        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for h, t, g, out in zip(*(x.split(ctx.size) for x in (hidden, targets, gradient, hidden_gradient))):
+            h = h.to(ctx.dtype)
+            p = torch.softmax((h @ w.T).float() / ctx.temperature, 1)
+            p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0))
+            p = p.mul_(-g[:, None] / ctx.temperature).to(ctx.dtype)
+            out.copy_(p @ w)
+            if weight_gradient is not None:
+                weight_gradient += p.T @ h
+        return hidden_gradient, weight_gradient, None, None, None
+
+
 def target_logprobs(head, hidden, targets, temperature, logits_mb):
     """Log-probability of each target under softmax(head(hidden) / temperature), without all logits at once.
 
     In float32 the logits of 48 responses of 512 tokens and a vocabulary of 152k take 15 GB, their gradient as much again, and
     more than the model. Here a part of them is computed, used and forgotten, and computed once more in the backward pass.
 
-    Args: head: the lm_head; hidden: (K, D); targets: (K,); logits_mb: float32 size of one part, MB. Returns: (K,) float32.
+    Args: head: the lm_head, without a bias; hidden: (K, D); targets: (K,); logits_mb: size of a part in float32, MB.
+    Returns: (K,) float32.
     """
-    def logprobs(hidden, targets):
-        logits = head(hidden).float() / temperature
-        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-
-    size = max(1, int(logits_mb * 2**18 / head.weight.shape[0]))  # positions; a float32 has four bytes
-    return torch.cat([checkpoint(logprobs, h, t, use_reentrant=False, preserve_rng_state=False)
-                      for h, t in zip(hidden.split(size), targets.split(size))])
+    size = max(1, int(logits_mb * 2**18 / head.weight.shape[0]))  # rows; a float32 has four bytes
+    return TargetLogprobs.apply(hidden, head.weight, targets, temperature, size)
 
 
 def response_logprobs(model, input_ids, attention_mask, response_length, temperature, logits_mb=0):
