@@ -87,7 +87,7 @@ def response_loss(logits, labels):
 
 
 def batch_loss(model, input_ids, labels, logits_mb):
-    """`response_loss` of a batch, both (B, L); logits that would take more than `logits_mb` in float32 come in parts (0: never)."""
+    """`response_loss` of a batch, both (B, L); logits of more than `logits_mb` MB in float32 come in parts (0: never)."""
     head = model.get_output_embeddings()
     if logits_mb and labels.numel() * head.weight.shape[0] > logits_mb * 2**18:  # a float32 has four bytes
         hidden = model.base_model(input_ids=input_ids).last_hidden_state[:, :-1]  # (B, L - 1, D)
@@ -586,7 +586,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.95),
                                   fused=device.type == "cuda" or None)
-    logits_mb = cfg.logits_mb if logits_are_plain(model) else 0
+    logits_mb = cfg.logits_mb if logits_are_plain(model) else 0  # else all at once
     steps = math.ceil(cfg.epochs * math.ceil(len(train) / cfg.batch_size))
     scheduler = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * steps), steps)
 

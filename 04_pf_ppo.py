@@ -951,8 +951,8 @@ def tensor_bytes(tensors):
 def activation_bytes(model, rows, length, in_bf16):
     """Bytes that autograd keeps for the backward pass of one pass of (rows, length) tokens through the blocks of `model`.
 
-    The pass runs for real, on tensors that have a shape and a type but no memory, so any architecture is counted as it is:
-    also the copies of the weights that autocast makes, but without dropout. `model` is on the meta device, and of no use afterwards.
+    The pass runs for real, on tensors that have a shape and a type but no memory, so any architecture is counted as it is,
+    and so are the copies of weights that autocast makes. `model` is on the meta device, and of no use afterwards.
     """
     kept, fake = {}, {}
 
@@ -1044,7 +1044,7 @@ def memory_plan(cfg):
              "generate: logits": 16 * rows["generate"] * vocabulary, "bf16 copies": copies}
 
     def logits(count):
-        """Bytes of the logits of so many rows with their gradients: four float32 each, or three of a part (`TargetLogprobs`)."""
+        """Bytes of the logits of so many rows and their gradients: four float32 each, or three of a part in TargetLogprobs."""
         part = cfg.logits_mb * 2**18 / vocabulary if cfg.logits_mb else math.inf
         return int(vocabulary * min(16 * count * cfg.max_new_tokens, 12 * part))
 
@@ -1083,14 +1083,14 @@ def print_plan(cfg):
     elif torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
     phase = max(planned["phases"], key=planned["phases"].get)
-    peak, room = planned["phases"][phase], 0.95 * memory - 2**30  # the driver takes up to 1 GB, gaps between blocks some percent
+    peak, room = planned["phases"][phase], 0.95 * memory - 2**30  # less up to 1 GB for the driver, and gaps between blocks
     advice = {"generate": "--generate_batch_size", "score": "--score_batch_size"}.get(phase, "--micro_batch_size")
     if not cfg.gradient_checkpointing and advice == "--micro_batch_size":
         advice += ", or take --gradient_checkpointing"
     if sum(row["weights"] + row["gradients"] + row["optimiser"] for row in planned["roles"].values()) > 0.8 * room:
         advice = "nothing: weights and optimiser are too large; take --lora_rank 16" if not cfg.lora_rank else "the model"
     verdict = "it fits" if peak <= room else f"it does NOT fit; lower {advice}"
-    print(f"largest: {phase}, {peak / 2**30:.1f} GB of {memory / 2**30:.1f} ({room / 2**30:.1f} without the driver's): {verdict}")
+    print(f"largest: {phase}, {peak / 2**30:.1f} GB; of {memory / 2**30:.1f} GB there {room / 2**30:.1f} can be used: {verdict}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -1138,7 +1138,7 @@ def main(cfg):
     optimizers = {name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rates[name],
                                           weight_decay=0.0, fused=device.type == "cuda" or None)
                   for name, model in models.items()}
-    logits_mb = cfg.logits_mb if logits_are_plain(policy) else 0
+    logits_mb = cfg.logits_mb if logits_are_plain(policy) else 0  # else all at once
     prompt_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
     validation_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in validation]
     check_lengths(problems + validation, prompt_ids + validation_ids, cfg.max_new_tokens, policy.config)

@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +32,7 @@ def policy_step(ppo, policy, optimizer, batch, logits_mb=0):
 
 
 def saved_bytes(function, model):
-    """Bytes that autograd keeps for the backward pass of `function()`, without the model's own weights: counted, not planned."""
+    """Bytes that autograd keeps for the backward pass of `function()`, without the model's own weights -> bytes, result."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -70,7 +71,8 @@ def test_bfloat16_warns_in_one_line_and_runs_through_all_stages(pipeline, sft, r
         shutil.rmtree(folder, ignore_errors=True)
     sft.main(sft.Config(model="out/sft", out="out/bf16_sft", dtype="bfloat16", epochs=0.2, lr=1e-3))
     rm.main(rm.Config(policy="out/sft", out="out/bf16_rm", dtype="bfloat16", epochs=1))
-    ppo.main(ppo.Config(dtype="bfloat16", out="out/bf16_ppo", iterations=2, prompts_per_iteration=8, minibatch_size=8, critic_warmup=1))
+    ppo.main(ppo.Config(dtype="bfloat16", out="out/bf16_ppo", iterations=2, prompts_per_iteration=8, minibatch_size=8,
+                        critic_warmup=1))
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: --dtype bfloat16")]
     assert len(warnings) == 3 and "rounded away" in warnings[0]
     for folder in ("out/bf16_sft", "out/bf16_rm", "out/bf16_ppo/last"):
@@ -256,7 +258,8 @@ def test_lora_merged_into_a_bf16_model_is_saved_in_float32(ppo, model_folder, tm
             if "lora_B" in name:
                 p.fill_(1e-6)
     ppo.save_model(policy, Saved, tmp_path / "merged")
-    merged, plain = (ppo.load_model(ppo.AutoModelForCausalLM, folder, DEVICE).state_dict() for folder in (tmp_path / "merged", model_folder))
+    merged, plain = (ppo.load_model(ppo.AutoModelForCausalLM, folder, DEVICE).state_dict()
+                     for folder in (tmp_path / "merged", model_folder))
     name = next(name for name, _ in policy.named_modules() if name.endswith(("q_proj", "c_attn"))) + ".weight"
     update = merged[name] - plain[name].to(torch.bfloat16).float()
     assert 1e-8 < update.abs().max() < 1e-4 and (update != 0).float().mean() > 0.5
@@ -284,8 +287,8 @@ def test_the_lora_critic_learns_on_the_reward_models_blocks_and_leaves_its_score
     batch["returns"] = (batch["old_values"] + 1.0) * batch["response_mask"]
     loss_of = lambda mb: ppo.value_loss(values(mb), mb["old_values"], mb["returns"], mb["response_mask"], 10.0)  # noqa: E731
     optimizer = torch.optim.AdamW([p for p in critic.parameters() if p.requires_grad], lr=1e-2)
-    losses = [ppo.train_epoch(critic, optimizer, loss_of, batch, torch.arange(8), cfg, torch.Generator().manual_seed(0), DEVICE)["loss"]
-              for _ in range(8)]
+    losses = [ppo.train_epoch(critic, optimizer, loss_of, batch, torch.arange(8), cfg, torch.Generator().manual_seed(0),
+                              DEVICE)["loss"] for _ in range(8)]
     assert losses[-1] < 0.5 * losses[0]
     with ppo.adapters_off(reward_model):
         assert torch.equal(ppo.score_responses(reward_model, sequences, 0, 4), scores)
@@ -399,15 +402,17 @@ def test_the_plan_counts_what_is_there(ppo, planned):
     ids = torch.randint(2, 50, (cfg.micro_batch_size, length), generator=rng)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # padding, so that attention gets a mask
-    assert sum(role["weights"] for role in plan["roles"].values()) == sum(
-        t.numel() * t.element_size() for t in {id(t): t for m in [*models.values(), models["policy"]] for t in (*m.parameters(), *m.buffers())
-                                               }.values()) + (0 if cfg.lora_rank else plan["roles"]["reference"]["weights"])
+    tensors = {id(t): t for model in models.values() for t in (*model.parameters(), *model.buffers())}  # shared ones once
+    weights = sum(t.numel() * t.element_size() for t in tensors.values())
+    planned_weights = {name: role["weights"] for name, role in plan["roles"].items()}
+    assert ("reference" in planned_weights) == (cfg.lora_rank == 0)
+    assert sum(planned_weights.values()) - planned_weights.pop("reference", 0) == weights
     for role in ("policy", "critic"):
         model, row = models[role], plan["roles"][role]
         if role == "policy":
-            forward = lambda: ppo.response_logprobs(model, ids, mask, cfg.max_new_tokens, 1.0, 50 * 8 / 2**18)  # noqa: E731,B023
+            forward = partial(ppo.response_logprobs, model, ids, mask, cfg.max_new_tokens, 1.0, 50 * 8 / 2**18)
         else:
-            forward = lambda: ppo.response_values(model, ids, mask, cfg.max_new_tokens)  # noqa: E731,B023
+            forward = partial(ppo.response_values, model, ids, mask, cfg.max_new_tokens)
         counted, result = saved_bytes(forward, model)
         assert plan["parts"][f"train {role}: activations"] == pytest.approx(counted, rel=0.15)
         result.sum().backward()

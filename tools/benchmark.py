@@ -18,6 +18,7 @@ Run     python tools/benchmark.py                         no GPU: the rollout of
 
 import argparse
 import concurrent.futures
+import gc
 import importlib.util
 import math
 import multiprocessing
@@ -38,8 +39,10 @@ QWEN = {"model_type": "qwen2", "vocab_size": 151936, "num_key_value_heads": 2, "
 DEEPSEEK = {"model_type": "llama", "vocab_size": 32256, "max_position_embeddings": 16384, "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}, "tie_word_embeddings": False}
 SHAPES = {  # config.json of the model of that name, as far as shapes go
-    "qwen2.5-coder-0.5b": {**QWEN, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864},
-    "qwen2.5-coder-1.5b": {**QWEN, "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 8960},
+    "qwen2.5-coder-0.5b": {**QWEN, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+                           "intermediate_size": 4864},
+    "qwen2.5-coder-1.5b": {**QWEN, "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
+                           "intermediate_size": 8960},
     "deepseek-coder-1.3b": {**DEEPSEEK, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
                             "num_key_value_heads": 16, "intermediate_size": 5504},
     "deepseek-coder-6.7b": {**DEEPSEEK, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -212,8 +215,12 @@ def measure(name, phase, plain, args):
     device = ppo.set_up(args.threads)
     args.tokenizer = TOKENS
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    importlib.import_module("torch._dynamo")  # the first optimiser imports it
+    if args.lora_rank:
+        importlib.import_module("peft")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     prepare = {"generate": prepare_generate, "score": prepare_score, "train": prepare_train}[phase]
     try:
@@ -260,12 +267,14 @@ def compare(name, args, device):
         memory = torch.cuda.get_device_properties(0).total_memory
         while args.batch_size * (args.prompt_tokens + args.max_new_tokens) * cache * 2 > 0.5 * memory:  # plain copies its cache
             args.batch_size //= 2
-        weights = 16 * 2 * (shape["num_hidden_layers"] * 4 * shape["hidden_size"] ** 2 + shape["hidden_size"] * shape["vocab_size"])
-        if weights > memory and not args.lora_rank:
+        args.prompts = min(args.prompts, args.batch_size // args.responses_per_prompt)
+        width, blocks = shape["hidden_size"], shape["num_hidden_layers"]
+        parameters = blocks * width * (2 * width + 3 * shape["intermediate_size"]) + width * shape["vocab_size"]
+        if 2 * (16 + 2) * parameters > memory and not args.lora_rank:  # weights, gradient, AdamW; reference and RM
             args.lora_rank, args.gradient_checkpointing = 16, True
-    print(f"\n{name}, random weights, {where}; generate {args.prompts * args.responses_per_prompt} responses, {args.batch_size} rows "
-          f"at once; train {args.minibatch_size} rows of {args.prompt_tokens} + {args.max_new_tokens} tokens, "
-          f"{args.micro_batch_size} at once" + (f", LoRA rank {args.lora_rank}" if args.lora_rank else "")
+    print(f"\n{name}, random weights, {where}; generate {args.prompts * args.responses_per_prompt} responses, "
+          f"{args.batch_size} rows at once; train {args.minibatch_size} rows of {args.prompt_tokens} + {args.max_new_tokens} "
+          f"tokens, {args.micro_batch_size} at once" + (f", LoRA rank {args.lora_rank}" if args.lora_rank else "")
           + (", gradient checkpointing" if args.gradient_checkpointing else ""))
     print(f"{'':<10}{'':<8}{'seconds':>9}{'tokens/s':>10}{'TFLOP/s':>9}{'MFU':>7}{'peak GB':>9}{'speed':>8}{'memory':>8}")
     for phase in args.phases:
@@ -281,9 +290,9 @@ def compare(name, args, device):
                 print(f"{phase:<10}{way:<8}  {r['error']}", flush=True)
                 continue
             mfu = f"{100 * r['teraflops'] / peak_rate:6.1f}%" if peak_rate else "      -"
-            ratios = "" if "error" in plain else f"{r['tokens'] / plain['tokens']:>7.2f}x{100 * r['peak'] / plain['peak']:>7.0f}%"
-            print(f"{phase:<10}{way:<8}{r['seconds']:>9.2f}{r['tokens']:>10.0f}{r['teraflops']:>9.2f}{mfu}{r['peak'] / 2**30:>9.2f}"
-                  f"{ratios}", flush=True)
+            print(f"{phase:<10}{way:<8}{r['seconds']:>9.2f}{r['tokens']:>10.0f}{r['teraflops']:>9.2f}{mfu}"
+                  f"{r['peak'] / 2**30:>9.2f}" + ("" if "error" in plain else
+                  f"{r['tokens'] / plain['tokens']:>7.2f}x{100 * r['peak'] / plain['peak']:>7.0f}%"), flush=True)
         if phase == "train":
             print(f"{'':<10}{'--plan':<8}{'':<35}{planned_peak(name, args) / 2**30:>9.2f}", flush=True)
 
@@ -320,7 +329,7 @@ def main():
     parser.add_argument("--data", default="data/tiny/ppo.jsonl")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=[n for n in SHAPES if "narrow" not in n] if gpu else [])
     parser.add_argument("--phases", nargs="+", choices=["generate", "score", "train"], default=["generate", "score", "train"])
-    parser.add_argument("--prompts", type=int, default=128 if gpu else 256)
+    parser.add_argument("--prompts", type=int, default=64 if gpu else 256)
     parser.add_argument("--responses_per_prompt", type=int, default=4 if gpu else 5)
     parser.add_argument("--prompt_tokens", type=int, default=512 if gpu else 64, help="longest prompt")
     parser.add_argument("--max_new_tokens", type=int, default=512 if gpu else 96)
@@ -330,15 +339,15 @@ def main():
     parser.add_argument("--micro_batch_size", type=int, default=4 if gpu else 16)
     parser.add_argument("--logits_mb", type=int, default=512 if gpu else 64)
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--lora_rank", type=int, default=0, help="on a GPU too small for all weights it is 16, with checkpointing")
+    parser.add_argument("--lora_rank", type=int, default=0, help="where all weights do not fit on the GPU: 16")
     parser.add_argument("--peak_teraflops", type=float, default=0, help="bf16 peak of the device, for MFU; 0: from its name")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1 if gpu else 3, help="on a GPU after one turn that does not count")
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     device = torch.device("cuda" if gpu else "cpu")
     if not args.models:
         compare_rollouts(args)
-        args.models, args.phases, args.repeats = ["qwen2.5-narrow"], ["train"], 1
+        args.models, args.phases = ["qwen2.5-narrow"], ["train"]
     for name in args.models:
         compare(name, args, device)
 
