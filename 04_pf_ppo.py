@@ -819,7 +819,7 @@ def plot_curves(metrics, path, title):
     axes[1].plot([m["iteration"] for m in checks], [m["validation_pass_at_1"] for m in checks], "o--", color="tab:green",
                  label="validation problems, greedy")
     axes[1].set_ylim(0, 1)
-    axes[1].legend(loc="upper left")
+    axes[1].legend(loc="lower right")
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -1071,7 +1071,7 @@ def main(cfg):
         os.replace(f"{state_path}.tmp", state_path)
 
     save_model(policy, tokenizer, out / "last")
-    plot_curves(metrics, out / "curves.png", f"PF-PPO, strategy {cfg.strategy}, seed {cfg.seed}")
+    plot_curves(metrics, out / "curves.png", f"strategy {cfg.strategy}, KL coefficient {cfg.kl_coef}, seed {cfg.seed}")
     save_config(settings, out)
     print(f"saved {out}: best validation pass@1 {best:.3f}; stage 04_pf_ppo ({cfg.strategy}) took {cost(started)}")
 
