@@ -105,6 +105,38 @@ def test_bw_kept_the_best_and_the_worst_of_each_prompt(pipeline):
             assert len(kept) == 2 and max(kept) == max(scores) and min(kept) == min(scores)
 
 
+def test_all_fields_of_a_kept_row_belong_to_one_response(pipeline, ppo, monkeypatch):
+    """Row integrity: what train_epoch is given for a row is that row's tokens, score, value and advantage, and no other's."""
+    monkeypatch.chdir(pipeline["folder"])
+    seen = []
+
+    def recorder(model, optimizer, loss_function, batch, rows, *others):
+        seen.append((batch, rows))
+        return train_epoch(model, optimizer, loss_function, batch, rows, *others)
+
+    train_epoch = ppo.train_epoch
+    monkeypatch.setattr(ppo, "train_epoch", recorder)
+    ppo.main(ppo.Config(strategy="br", iterations=1, critic_warmup=0, prompts_per_iteration=6, out="out/integrity"))
+    records = read(pipeline["folder"] / "out/integrity/rollouts/0001.jsonl")
+    tokenizer = ppo.load_tokenizer("out/sft")
+    (batch, critic_rows), (_, rows) = seen
+    assert rows.tolist() == critic_rows.tolist() == [k for k, record in enumerate(records) if record["kept"]] and len(rows) == 12
+    mask = batch["response_mask"].bool()
+    for k in rows.tolist():
+        ids = batch["response_ids"][k][mask[k]].tolist()
+        assert ppo.decode_response(tokenizer, ids) == records[k]["response"]
+        prompt = batch["prompt_ids"][k][batch["prompt_mask"][k].bool()].tolist()
+        assert prompt == ppo.encode_prompt(tokenizer, records[k]["prompt"])
+        # Nothing is trained yet, so the KL is 0 and the return of the last token is the score of this response.
+        assert batch["returns"][k][len(ids) - 1].item() == pytest.approx(records[k]["score"], abs=1e-4)
+    kept = mask[rows]
+    plain = (batch["returns"] - batch["old_values"])[rows][kept]
+    whitened = (plain - plain.mean()) / plain.std(unbiased=False)
+    assert torch.allclose(batch["advantages"][rows][kept], whitened, atol=1e-3)
+    others = torch.ones(len(records), dtype=torch.bool).index_fill(0, rows, False)
+    assert batch["advantages"][others].abs().max() == 0  # a row that was not kept would teach nothing
+
+
 def test_checkpoints_load_and_best_is_chosen_by_validation(pipeline):
     from transformers import AutoModelForCausalLM
 

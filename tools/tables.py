@@ -27,8 +27,7 @@ import numpy as np
 import scipy.stats
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results"
-WORK = ROOT / "out" / "tables"
+RESULTS, WORK = Path("results"), Path("out/tables")  # in the folder where data/ and out/ are
 FILTERS = ["none", "random2", "bw", "br", "bon", "single", "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3"]
 MEASURING = ["auto", "learned"]
 CRITIC_FREE = {"rloo": ("none", "rloo"), "rloo_bw": ("bw", "rloo"), "grpo": ("none", "grpo"), "grpo_bw": ("bw", "grpo")}
@@ -103,7 +102,8 @@ def call(command, log):
     """A script of this project as a subprocess; its output goes to `log`. A failure ends the whole run with its last line."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with open(log, "a", encoding="utf-8") as file:
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file, env=environment).returncode
+        code = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], stdout=file, stderr=file,
+                              env=environment).returncode
     if code:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {code}; see {log}")
 
@@ -171,7 +171,7 @@ def one(run):
     call([*run["command"], *policies, "--seed", str(run["seed"]), "--out", str(out / "r2"), "--threads", "1", "--workers", "1"],
          out / "log.txt")
     table = json.loads((out / "r2" / "r2.json").read_text(encoding="utf-8"))["table"]
-    return record | {"r2": {name: rows for name, rows in zip(("sft", "middle", "final"), table.values())}}
+    return record | {"r2": dict(zip(("sft", "middle", "final"), table.values()))}
 
 
 def run_all(args):
@@ -258,8 +258,8 @@ def table_1(records):
 
 
 def table_2(records):
-    sft = by_seed(records, "main", "sft", lambda r: r["test"]["best"])
-    rows = [["SFT", "", *(f"{100 * v[k]:.1f}" for v in sft.values() for k in ("greedy",)), "", "", "", "", "", ""]] if sft else []
+    rows = [["SFT", "", f"{100 * greedy:.1f}", "", "", "", "", "", ""]
+            for greedy in by_seed(records, "main", "sft", test("best", "greedy")).values()]
     for method in methods_of(records, "main"):
         values = [list(by_seed(records, "main", method, test(*what)).values()) for what in
                   (("best", "greedy"), ("last", "greedy"), ("last", "sampled"), ("equal", "greedy"))]
