@@ -5,16 +5,16 @@ Writes  data/<dataset>/{sft,rm,ppo,validation,test}.jsonl, those splits that the
 
 A line of data/tiny/sft.jsonl, spread out:
 
-    {"task_id": "tiny/sft/28",
-     "prompt": "\"\"\"say how many words there are, then multiply it by itself.\"\"\"\ndef solve(s):\n",
-     "prefix": "def solve(s):\n",
+    {"task_id": "tiny/sft/460",
+     "prompt": "\"\"\"take half of it rounded down, then multiply it by itself.\"\"\"\ndef solve(n):\n",
+     "prefix": "def solve(n):\n",
      "setup": "",
      "entry_point": "solve",
-     "tests": ["assert solve('') == 0", "assert solve('aa aa') == 4", "assert solve('b12 tree b12 an') == 16",
-               "assert solve('a') == 1", "assert solve('Egg stone Egg') == 9", "assert solve('no. hey! to an') == 16"],
-     "solution": "    n = len(s.split())\n    return n * 2\n",
+     "tests": ["assert solve(0) == 0", "assert solve(4) == 4", "assert solve(-16) == 64",
+               "assert solve(25) == 144", "assert solve(-2) == 1", "assert solve(-28) == 196"],
+     "solution": "    n = n // 2\n    return n * 2\n",
      "source": "tiny",
-     "steps": ["count_words", "squared"],
+     "steps": ["half", "squared"],
      "flaw": [{"step": 2, "kind": "squared", "flaw": "wrong operator"}]}
 
 `prefix + solution` is the program; `setup` runs after it and before the tests. Only the tiny set has `steps`, and only
@@ -76,7 +76,7 @@ class Config:
     test: int = 500  # tiny: problems that nothing is chosen by; 500 give a 95% interval of about 4 points
     lengths: list[float] = shares(5, 30, 35, 20, 10)  # tiny: shares of problems with 1, 2, .. steps; longer is harder
     kinds: int = 40  # tiny: kinds of step in use, of 72; with more, a kind is seen more rarely and all stages need longer
-    hard_share: float = 0.2  # tiny: share of step kinds that are mostly wrong; more lowers greedy SFT accuracy
+    hard_share: float = 0.21  # tiny: share of step kinds that are mostly wrong; more lowers greedy SFT accuracy
     hard_flaws: list[float] = shares(0.62, 0.7)  # tiny: range of their flaw probabilities
     easy_flaws: list[float] = shares(0.05, 0.3)  # tiny: range of the others'; more lowers sampled SFT accuracy
     usual_flaw: float = 0.85  # tiny: share of flaws that are their kind's usual one; high, so that greedy picks it

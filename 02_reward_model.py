@@ -60,6 +60,8 @@ class Config:
     policy: str = "out/sft"  # the SFT model: it writes the responses, and the RM starts from its weights
     out: str = "out/rm"  # folder for the reward model, its samples and pairs
     pairs: typing.Literal["all", "edit"] = "all"  # 'all': up to four random pairs a prompt; 'edit': the paper's one pair
+    max_pairs: int = 0  # train on so many of the pairs, drawn at random: a worse RM, to study filters with; 0: all
+    label_noise: float = 0.0  # share of the training pairs with chosen and rejected swapped, for the same purpose
     responses_per_prompt: int = 5  # responses sampled for each prompt; paper: 5
     temperature: float = 1.0  # sampling temperature; not given in the paper
     max_new_tokens: int = 96  # longest response, tokens; authors' scripts: 2048
@@ -713,6 +715,13 @@ def main(cfg):
             train.append((p, i, j, (i, j) == edit_pair))
             pairs.append({"task_id": problems[p]["task_id"], "prompt": problems[p]["prompt"], "chosen": responses[p][i],
                           "rejected": responses[p][j], "edit_distance": edit_distance(responses[p][i], responses[p][j])})
+    if cfg.max_pairs and cfg.max_pairs < len(train):
+        drawn = sorted(rng.sample(range(len(train)), cfg.max_pairs))
+        train, pairs = [train[k] for k in drawn], [pairs[k] for k in drawn]
+    for k, (p, i, j, largest) in enumerate(train if cfg.label_noise else []):
+        if rng.random() < cfg.label_noise:
+            train[k] = (p, j, i, largest)
+            pairs[k].update(chosen=pairs[k]["rejected"], rejected=pairs[k]["chosen"])
     print(f"{len(train)} training pairs, {len(test)} pairs of held-out prompts, {time.time() - started:.0f} s", flush=True)
 
     # ---- train; the RM starts as the SFT model with a new scalar head

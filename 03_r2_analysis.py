@@ -556,6 +556,8 @@ def filter_weights(rm_scores, strategy, top=0.5, bottom=-0.5):
         low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
         stretched = (2 * (scores - low) / (high - low).clamp(min=1e-9) - 1).abs() ** int(strategy[-1])
         weights = torch.where(high > low, stretched, torch.ones_like(scores))
+    elif strategy.startswith("ranks_"):  # ranks_0_4 of five is bw
+        weights = torch.isin(rank, torch.tensor([int(r) for r in strategy.split("_")[1:]])).float()
     else:
         raise ValueError(f"unknown strategy {strategy!r}")
     weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, best)

@@ -32,6 +32,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -45,6 +46,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,11 +58,13 @@ import sandbox
 
 PROBLEM_FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "entry_point": (str, type(None)), "tests": list}
 
+STRATEGIES = ("none", "random2", "bon", "br", "bw", "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3")
+
 
 @dataclass
 class Config:
     strategy: typing.Literal["none", "single", "bon", "br", "bw", "random2", "top", "top_random", "top_bottom", "pow_1",
-                             "pow_2", "pow_3"] = "bw"  # the filter; paper: br or bw
+                             "pow_2", "pow_3", "auto", "learned"] = "bw"  # the filter; paper: br or bw
     data: str = "data/tiny/ppo.jsonl"  # problems to train on, JSONL
     validation: str = "data/tiny/validation.jsonl"  # problems that choose the best checkpoint; never the test problems
     policy: str = "out/sft"  # the SFT model: the policy starts from it and is held near it
@@ -71,6 +75,11 @@ class Config:
     responses_per_prompt: int = 5  # N, responses sampled for each prompt; paper: 5
     top: float = 0.5  # top*: rewards above are kept, in standard deviations of the RM's reward; not given in the paper
     bottom: float = -0.5  # top_bottom: rewards below are kept too
+    r2: typing.Literal["pooled", "within"] = "pooled"  # auto, learned: the R2 that chooses the filter; paper: pooled
+    r2_every: int = 5  # auto, learned: iterations after which R2 is measured anew and the filter may change
+    r2_prompts: int = 100  # auto, learned: validation problems that it is measured on, N more responses each
+    bins: int = 10  # auto, learned: groups of equal count, as in 03; not given in the paper
+    min_kept: int = 2  # learned: the least number of ranks that a filter keeps
     temperature: float = 1.0  # sampling temperature; it divides the logits in rollout, update and reference alike
     max_new_tokens: int = 96  # longest response, tokens; authors' scripts: 2048
     truncation_penalty: float = 1.0  # taken off the normalised score of a response without EOS; not given in the paper
@@ -682,6 +691,8 @@ def filter_weights(rm_scores, strategy, top=0.5, bottom=-0.5):
         low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
         stretched = (2 * (scores - low) / (high - low).clamp(min=1e-9) - 1).abs() ** int(strategy[-1])
         weights = torch.where(high > low, stretched, torch.ones_like(scores))
+    elif strategy.startswith("ranks_"):  # ranks_0_4 of five is bw
+        weights = torch.isin(rank, torch.tensor([int(r) for r in strategy.split("_")[1:]])).float()
     else:
         raise ValueError(f"unknown strategy {strategy!r}")
     weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, best)
@@ -712,6 +723,64 @@ def select_responses(rm_scores, strategy, generator, top=0.5, bottom=-0.5):
     else:
         keep = weights > 0
     return keep.nonzero(as_tuple=True)
+
+
+# --------------------------------------------------------------------------- R2, for the strategies that measure it (03)
+
+
+def group_means(rm_scores, actual_scores, bins):
+    """Sort by reward and split into groups of equal count -> mean reward, mean actual score of each group, (bins,) both."""
+    order = np.argsort(rm_scores, kind="stable")
+    groups = np.array_split(order, min(bins, len(order)))
+    return (np.array([np.mean(np.asarray(rm_scores)[g]) for g in groups]),
+            np.array([np.mean(np.asarray(actual_scores)[g]) for g in groups]))
+
+
+def r_squared(rm_scores, actual_scores, bins):
+    """Coefficient of determination of an unweighted line through the group means (paper, section 3).
+
+    Args: rm_scores, actual_scores: sequences of equal length; bins: number of groups.
+    Returns: float at most 1; nan where all rewards or all scores are equal, since no line is then better than another.
+    """
+    x, y = group_means(np.asarray(rm_scores, dtype=float), np.asarray(actual_scores, dtype=float), bins)
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    slope, intercept = np.polyfit(x, y, 1)
+    return float(1 - np.sum((y - slope * x - intercept) ** 2) / np.sum((y - y.mean()) ** 2))
+
+
+def draw_responses(rm_scores, strategy, generator, top, bottom):
+    """What a strategy keeps of (P, N) rewards, as (rows, columns). pow_k keeps all and weights them in training; here, where
+    responses are counted and not weighted, two of each prompt are drawn by these weights."""
+    if not strategy.startswith("pow_"):
+        return select_responses(rm_scores, strategy, generator, top, bottom)
+    weights = filter_weights(rm_scores, strategy)
+    columns = torch.multinomial(weights + 1e-6, min(2, weights.shape[1]), generator=generator)
+    rows = torch.arange(len(weights)).repeat_interleave(columns.shape[1])
+    return rows, columns.flatten()
+
+
+def analyse(rm_scores, actual_scores, strategy, generator, cfg):
+    """R2 of one strategy on one repeat: rm_scores (normalised), actual_scores, both (P, N) tensors."""
+    rows, columns = draw_responses(rm_scores, strategy, generator, cfg.top, cfg.bottom)
+    kept_rm, kept_actual = rm_scores[rows, columns].numpy(), actual_scores[rows, columns].numpy()
+    # Centred over all N responses of the prompt, not only those kept: BoN keeps one, which would be its own mean.
+    centred_rm = (rm_scores - rm_scores.mean(1, keepdim=True))[rows, columns].numpy()
+    centred_actual = (actual_scores - actual_scores.mean(1, keepdim=True))[rows, columns].numpy()
+    return {"r2": r_squared(kept_rm, kept_actual, cfg.bins), "r2_within": r_squared(centred_rm, centred_actual, cfg.bins),
+            "kept_per_prompt": len(rows) / len(rm_scores), "pass_rate": float(kept_actual.mean())}
+
+
+def candidate_filters(strategy, responses_per_prompt, min_kept):
+    """The filters that `auto` and `learned` choose from: those of 03, or every set of at least `min_kept` ranks.
+
+    A set of ranks is a weight vector with equal weights on them: `ranks_0_4` of five is BW. BoN (one rank) is what the floor
+    keeps out; without one the search would end at single ranks, whose R2 is mostly luck.
+    """
+    if strategy == "auto":
+        return [s for s in STRATEGIES if s != "random2"]  # which has none's R2, measured on fewer responses
+    return ["_".join(["ranks", *map(str, kept)]) for size in range(min_kept, responses_per_prompt + 1)
+            for kept in itertools.combinations(range(responses_per_prompt), size)]
 
 
 # ------------------------------------------------------------------------------------------------------ rollout batches
@@ -933,7 +1002,7 @@ def plot_curves(metrics, path, title):
     axes[1].plot([m["iteration"] for m in checks], [m["validation_pass_at_1"] for m in checks], "o--", color="tab:green",
                  label="validation problems, greedy")
     axes[1].set_ylim(0, 1)
-    axes[1].legend(loc="upper left")
+    axes[1].legend(loc="lower right")
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -1104,10 +1173,14 @@ def main(cfg):
     n, per_prompt = cfg.prompts_per_iteration, cfg.responses_per_prompt
     if cfg.strategy == "single":  # PPO-S: as many responses, each to a prompt of its own
         n, per_prompt = n * per_prompt, 1
-    needed = 2 if cfg.strategy in ("br", "bw", "random2") or cfg.advantage != "gae" else 1
+    measures_r2 = cfg.strategy in ("auto", "learned")
+    needed = 2 if cfg.strategy in ("br", "bw", "random2", "auto") or cfg.advantage != "gae" else 1
+    needed = cfg.min_kept if cfg.strategy == "learned" else needed
     if per_prompt < needed:
         fail(f"--strategy {cfg.strategy} --advantage {cfg.advantage} needs {needed} responses of a prompt, there are "
              f"{per_prompt}; raise --responses_per_prompt or change the strategy")
+    if cfg.min_kept < 1 or cfg.bins < 2 or cfg.r2_every < 1 or cfg.r2_prompts < 1:
+        fail("--min_kept, --r2_every and --r2_prompts must be at least 1, --bins at least 2")
     out = Path(cfg.out or f"out/ppo_{cfg.strategy}")
     state_path = out / "state.pt"
     settings = dataclasses.replace(cfg, resume=False)
@@ -1151,6 +1224,32 @@ def main(cfg):
         results = run_tests(validation, texts, cfg.workers, cfg.timeout)
         return sum(result.passed for result in results) / len(results)
 
+    def normalised_scores(prompts, responses):
+        """RM rewards, normalised by their mean and standard deviation over responses of the SFT policy -> (B,)."""
+        with adapters_off(reward_model):  # with LoRA it shares its blocks with the critic
+            rewards = score_responses(reward_model, [p + r for p, r in zip(prompts, responses)], tokenizer.pad_token_id,
+                                      cfg.score_batch_size)
+        return (rewards - reward_model.config.reward_mean) / reward_model.config.reward_std
+
+    def best_filter(generator, cpu_generator):
+        """The filter with the highest R2 on new responses of the policy to labelled problems -> name, R2 of each."""
+        labelled, size = validation[:cfg.r2_prompts], per_prompt
+        with autocast(device):
+            groups = generate(policy, tokenizer, validation_ids[:cfg.r2_prompts], size, cfg.max_new_tokens, cfg.temperature,
+                              generator, cfg.generate_batch_size)
+        rows = [(problem, prompt, ids) for problem, prompt, group in zip(labelled, validation_ids, groups) for ids in group]
+        rm_scores = normalised_scores([prompt for _, prompt, _ in rows], [ids for _, _, ids in rows]).view(-1, size)
+        results = run_tests([row[0] for row in rows], [decode_response(tokenizer, ids) for _, _, ids in rows], cfg.workers,
+                            cfg.timeout)
+        actual = torch.tensor([float(result.passed) for result in results]).view(-1, size)
+        key = "r2" if cfg.r2 == "pooled" else "r2_within"
+        table = {name: analyse(rm_scores, actual, name, cpu_generator, cfg)[key]
+                 for name in candidate_filters(cfg.strategy, size, cfg.min_kept)}
+        defined = {name: value for name, value in table.items() if not math.isnan(value)}
+        if not defined:
+            fail("every R2 is undefined: all rewards or all actual scores are equal; check the policy and the reward model")
+        return max(defined, key=defined.get), defined
+
     def logprobs_of(model, mb):
         return response_logprobs(model, *model_inputs(mb), mb["response_ids"].shape[1], cfg.temperature, logits_mb)
 
@@ -1186,6 +1285,10 @@ def main(cfg):
         clock = [time.time()]
         generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + iteration)
         cpu_generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + iteration)
+        strategy, r2 = metrics[-1].get("strategy", cfg.strategy), {}
+        if measures_r2 and (iteration - 1) % cfg.r2_every == 0:
+            strategy, r2 = best_filter(generator, cpu_generator)
+            print(f"iteration {iteration:3d}  R2 {r2[strategy]:.3f}: filter {strategy}", flush=True)
 
         # ---- generate: N responses for each of n prompts, rows in order of prompt
         indices = iteration_prompts(len(problems), n, iteration, cfg.seed)
@@ -1203,16 +1306,13 @@ def main(cfg):
         clock.append(time.time())
 
         # ---- score: RM rewards, normalised by their mean and standard deviation over responses of the SFT policy
-        with adapters_off(reward_model):  # with LoRA it shares its blocks with the critic
-            rm_scores = score_responses(reward_model, [p + r for p, r in zip(row_prompts, responses)], tokenizer.pad_token_id,
-                                        cfg.score_batch_size)
-        rm_scores = (rm_scores - reward_model.config.reward_mean) / reward_model.config.reward_std  # (n * N,)
+        rm_scores = normalised_scores(row_prompts, responses)  # (n * N,)
         truncated = torch.tensor([ids[-1] != tokenizer.eos_token_id for ids in responses])
         scores = rm_scores - cfg.truncation_penalty * truncated
 
         # ---- filter: within each prompt, on the scores without KL
         prompt_scores = scores.view(n, per_prompt)
-        rows, columns = select_responses(prompt_scores, cfg.strategy, cpu_generator, cfg.top, cfg.bottom)
+        rows, columns = select_responses(prompt_scores, strategy, cpu_generator, cfg.top, cfg.bottom)
         kept = rows * per_prompt + columns  # row numbers of the kept responses
         every = torch.arange(n * per_prompt)
         critic_rows = every if cfg.critic_rows == "all" else kept
@@ -1238,8 +1338,8 @@ def main(cfg):
         whitened_over = every if cfg.whiten_before_filter else kept
         whitened = whiten(advantages[whitened_over], mask[whitened_over])
         batch["advantages"] = torch.zeros_like(advantages).index_copy(0, whitened_over, whitened)
-        if cfg.strategy.startswith("pow_"):
-            weights = filter_weights(prompt_scores, cfg.strategy).flatten() * per_prompt  # mean 1
+        if strategy.startswith("pow_"):
+            weights = filter_weights(prompt_scores, strategy).flatten() * per_prompt  # mean 1
             batch["advantages"] *= weights[:, None]
         clock.append(time.time())
 
@@ -1278,11 +1378,14 @@ def main(cfg):
         if problem:
             fail(f"iteration {iteration}: {problem}; its rollouts are in {out}/rollouts. Lower --lr or --critic_lr, or raise "
                  "--kl_coef")
-        line = {"iteration": iteration, "rm_score": rm_scores.mean().item(), "pass_rate": passed.mean().item(),
-                "pass_rate_kept": passed[kept].mean().item(), "kept": len(kept), "seen": len(texts),
+        line = {"iteration": iteration, "strategy": strategy, "rm_score": rm_scores.mean().item(),
+                "pass_rate": passed.mean().item(), "pass_rate_kept": passed[kept].mean().item(),
+                "kept": len(kept), "seen": len(texts),
                 "kl_per_token": masked_mean(kl, mask[measured]).item(), "kl_per_response": kl.sum(1).mean().item(),
                 "kl_coef": kl_coef, "entropy": -masked_mean(batch["old_logprobs"][measured], mask[measured]).item(),
                 "truncated": truncated.float().mean().item(), "length": mask.sum(1).float().mean().item()}
+        if r2:
+            line.update(r2=r2, r2_responses=len(validation[:cfg.r2_prompts]) * per_prompt)
         line.update({f"policy_{name}": value for name, value in policy_statistics.items()})
         line.update({f"critic_{name}": value for name, value in critic_statistics.items()})
         if cfg.advantage == "gae":
@@ -1315,7 +1418,7 @@ def main(cfg):
         os.replace(f"{state_path}.tmp", state_path)
 
     save_model(policy, tokenizer, out / "last")
-    plot_curves(metrics, out / "curves.png", f"PF-PPO, strategy {cfg.strategy}, seed {cfg.seed}")
+    plot_curves(metrics, out / "curves.png", f"strategy {cfg.strategy}, KL coefficient {cfg.kl_coef}, seed {cfg.seed}")
     save_config(settings, out)
     print(f"saved {out}: best validation pass@1 {best:.3f}; stage 04_pf_ppo ({cfg.strategy}) took {cost(started)}")
 

@@ -34,6 +34,21 @@ def test_pow_weights_by_hand(ppo):
         assert torch.allclose(ppo.filter_weights(SCORES, f"pow_{k}"), expected, atol=1e-5)
 
 
+def test_ranks_keep_what_they_name(ppo):
+    scores = torch.stack([SCORES, torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])])
+    assert kept(ppo, scores, "ranks_0_4") == kept(ppo, scores, "bw")
+    assert kept(ppo, scores, "ranks_0_1_3") == [[0, 1, 3], [0, 1, 3]]  # of the first, ranks are 1 3 4 0 2 in order of reward
+    assert ppo.filter_weights(scores[1], "ranks_1_2").tolist() == [0, 0.5, 0.5, 0, 0]
+
+
+def test_candidate_filters(ppo):
+    """auto: those of the R2 analysis. learned: the 26 sets of at least two of five ranks, no single rank."""
+    assert set(ppo.candidate_filters("auto", 5, 2)) == set(ppo.STRATEGIES) - {"random2"}
+    learned = ppo.candidate_filters("learned", 5, 2)
+    assert len(learned) == len(set(learned)) == 26 and "ranks_0_4" in learned and "ranks_0" not in learned
+    assert ppo.candidate_filters("learned", 5, 5) == ["ranks_0_1_2_3_4"]
+
+
 def test_pow_weights_do_not_depend_on_where_zero_is(ppo):
     # Rewards that were never centred would weigh a good prompt's responses nearly alike.
     assert torch.allclose(ppo.filter_weights(SCORES, "pow_2"), ppo.filter_weights(SCORES + 100, "pow_2"), atol=1e-4)

@@ -105,6 +105,38 @@ def test_bw_kept_the_best_and_the_worst_of_each_prompt(pipeline):
             assert len(kept) == 2 and max(kept) == max(scores) and min(kept) == min(scores)
 
 
+def test_all_fields_of_a_kept_row_belong_to_one_response(pipeline, ppo, monkeypatch):
+    """Row integrity: what train_epoch is given for a row is that row's tokens, score, value and advantage, and no other's."""
+    monkeypatch.chdir(pipeline["folder"])
+    seen = []
+
+    def recorder(model, optimizer, loss_function, batch, rows, *others):
+        seen.append((batch, rows))
+        return train_epoch(model, optimizer, loss_function, batch, rows, *others)
+
+    train_epoch = ppo.train_epoch
+    monkeypatch.setattr(ppo, "train_epoch", recorder)
+    ppo.main(ppo.Config(strategy="br", iterations=1, critic_warmup=0, prompts_per_iteration=6, out="out/integrity"))
+    records = read(pipeline["folder"] / "out/integrity/rollouts/0001.jsonl")
+    tokenizer = ppo.load_tokenizer("out/sft")
+    (batch, critic_rows), (_, rows) = seen
+    assert rows.tolist() == critic_rows.tolist() == [k for k, record in enumerate(records) if record["kept"]] and len(rows) == 12
+    mask = batch["response_mask"].bool()
+    for k in rows.tolist():
+        ids = batch["response_ids"][k][mask[k]].tolist()
+        assert ppo.decode_response(tokenizer, ids) == records[k]["response"]
+        prompt = batch["prompt_ids"][k][batch["prompt_mask"][k].bool()].tolist()
+        assert prompt == ppo.encode_prompt(tokenizer, records[k]["prompt"])
+        # Nothing is trained yet, so the KL is 0 and the return of the last token is the score of this response.
+        assert batch["returns"][k][len(ids) - 1].item() == pytest.approx(records[k]["score"], abs=1e-4)
+    kept = mask[rows]
+    plain = (batch["returns"] - batch["old_values"])[rows][kept]
+    whitened = (plain - plain.mean()) / plain.std(unbiased=False)
+    assert torch.allclose(batch["advantages"][rows][kept], whitened, atol=1e-3)
+    others = torch.ones(len(records), dtype=torch.bool).index_fill(0, rows, False)
+    assert batch["advantages"][others].abs().max() == 0  # a row that was not kept would teach nothing
+
+
 def test_checkpoints_load_and_best_is_chosen_by_validation(pipeline):
     from transformers import AutoModelForCausalLM
 
@@ -172,7 +204,8 @@ def test_a_killed_run_resumes_to_the_same_metrics(pipeline):
 @pytest.mark.parametrize("flags", [{"strategy": s} for s in STRATEGIES] + [
     {"strategy": "bw", "advantage": "rloo"}, {"strategy": "br", "advantage": "grpo"}, {"strategy": "bon", "whiten_before_filter": True},
     {"strategy": "bw", "critic_rows": "all"}, {"strategy": "none", "kl_control": "adaptive", "epochs": 2, "micro_batch_size": 3},
-    {"strategy": "br", "gradient_checkpointing": True}], ids=lambda flags: "-".join(map(str, flags.values())))
+    {"strategy": "br", "gradient_checkpointing": True}, {"strategy": "auto", "r2_every": 1, "r2_prompts": 10, "bins": 5},
+    {"strategy": "learned", "r2_prompts": 10, "bins": 5, "r2": "within", "min_kept": 3}], ids=lambda flags: "-".join(map(str, flags.values())))
 def test_every_strategy_and_variant_runs(pipeline, ppo, flags, monkeypatch, capsys):
     monkeypatch.chdir(pipeline["folder"])
     cfg = ppo.Config(iterations=2, critic_warmup=1, prompts_per_iteration=4, minibatch_size=8, eval_every=2, out="out/variant",
@@ -183,8 +216,41 @@ def test_every_strategy_and_variant_runs(pipeline, ppo, flags, monkeypatch, caps
     assert last["seen"] == 20 and math.isfinite(last["policy_loss"]) and last["policy_ratio"] == pytest.approx(1.0, abs=0.05)
     expected = {"none": 20, "single": 20, "bon": 4, "br": 8, "bw": 8, "random2": 8, "pow_1": 20, "pow_2": 20, "pow_3": 20}
     assert last["kept"] == expected.get(cfg.strategy, last["kept"])
+    if cfg.strategy in ("auto", "learned"):
+        lines = read(pipeline["folder"] / "out/variant/metrics.jsonl")[1:]
+        measured = [line for line in lines if "r2" in line]
+        assert [line["iteration"] for line in measured] == ([1, 2] if cfg.strategy == "auto" else [1])  # --r2_every 1, 5
+        assert all(line["strategy"] == max(line["r2"], key=line["r2"].get) and line["r2_responses"] == 50 for line in measured)
+        assert lines[1]["strategy"] == measured[-1]["strategy"]  # what was chosen stays until it is measured again
+        if cfg.strategy == "learned":
+            assert last["kept"] == 4 * last["strategy"].count("_") >= 12
     if cfg.kl_control == "adaptive":
         assert last["kl_coef"] != cfg.kl_coef
+
+
+@pytest.mark.parametrize("flags, lowest, highest", [(("--profile", "clean"), 0.9, 1.0), (("--profile", "everywhere"), 0.55, 0.85)])
+def test_controlled_reward_follows_its_profile(pipeline, flags, lowest, highest):
+    """tools/controlled.py: a clean reward tells passing from failing, one that is half noise does so less; PPO runs on it."""
+    folder, out = pipeline["folder"], f"out/controlled_{flags[1]}"
+    run_script("tools/controlled.py", "r2", *flags, "--", "--out", out, "--repeats", 1, "--bins", 5, "--responses_per_prompt", 5,
+               "--threads", 1, cwd=folder)
+    samples = read(folder / out / "samples.jsonl")
+    good, bad = (torch.tensor([s["rm_score"] for s in samples if s["actual_score"] == actual]) for actual in (1.0, 0.0))
+    assert lowest < (good[:, None] > bad).float().mean() < highest  # share of (passing, failing) pairs in the right order
+    run_script("tools/controlled.py", "ppo", *flags, "--noise", "length", "--", "--strategy", "br", "--out", f"{out}_ppo",
+               *PPO_FLAGS[2:], "--iterations", 1, cwd=folder)
+    assert len(read(folder / f"{out}_ppo/rollouts/0001.jsonl")) == 40
+
+
+def test_worse_reward_models_on_purpose(pipeline):
+    """--max_pairs and --label_noise of stage 2: so many pairs, and about so many of them the wrong way round."""
+    folder = pipeline["folder"]
+    run_script("02_reward_model.py", "--epochs", 1, "--threads", 1, "--max_pairs", 40, "--label_noise", 0.5, "--out", "out/bad_rm",
+               cwd=folder)
+    verdicts = {(s["prompt"], s["response"]): s["actual_score"] for s in read(folder / "out/bad_rm/samples.jsonl")}
+    pairs = read(folder / "out/bad_rm/pairs.jsonl")
+    wrong = sum(verdicts[p["prompt"], p["chosen"]] < verdicts[p["prompt"], p["rejected"]] for p in pairs)
+    assert len(pairs) == 40 and 8 <= wrong <= 32  # 20 +- 3.8 standard deviations
 
 
 def test_a_truncated_response_is_marked_and_pays_a_penalty(pipeline, ppo, monkeypatch):

@@ -1,0 +1,92 @@
+"""tools/tables.py: a run becomes a record, and the tables say what the records say."""
+
+import json
+import sys
+
+import pytest
+from conftest import PPO_FLAGS, ROOT, load_script, run_script
+
+sys.path.insert(0, str(ROOT / "tools"))
+import tables  # noqa: E402
+
+
+def record(method, seed, last, best=None, group="main", rows=2400):
+    test = {"best": {"greedy": best or last, "sampled": 0.4}, "last": {"greedy": last, "sampled": 0.3},
+            "equal": {"greedy": last - 0.1, "sampled": 0.2}}
+    lines = [{"iteration": i, "rm_score": 0.1 * i, "pass_rate": 0.3, "kl_per_response": 0.1 * i, "kept": 96, "seen": 240}
+             for i in (1, 2)]
+    cost = {"samples": 6000, "policy_rows": rows, "critic_rows": rows, "seconds": 100.0, "seconds_train": 40.0}
+    return {"group": group, "method": method, "seed": seed, "iterations": lines, "cost": cost, "test": test}
+
+
+RECORDS = [record("bw", 0, 0.80), record("bw", 1, 0.84), record("random2", 0, 0.78), record("random2", 1, 0.80),
+           record("none", 0, 0.81), record("none", 1, 0.81), record("none", 2, 0.84)]
+
+
+def test_intervals_by_hand():
+    # 80 and 84: mean 82, standard error 2, times t(0.975, 1 degree of freedom) = 12.706
+    assert tables.interval([80, 84]) == pytest.approx((82, 25.412), abs=1e-2)
+    assert tables.cell([0.80, 0.84]) == "82.0 ± 25.4" and tables.cell([0.8]) == "80.0" and tables.cell([]) == ""
+    assert tables.cell([-0.01], sign=True) == "-1.0" and tables.cell([0.5], percent=False) == "0.500"
+
+
+def test_differences_are_paired_by_seed():
+    pairs = tables.paired(RECORDS, "main", "bw", "none", tables.test("last", "greedy"))
+    assert pairs == pytest.approx([-0.01, 0.03])  # seed 2 has no partner
+
+
+def test_table_2_has_a_row_a_method():
+    lines = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in tables.table_2(RECORDS).splitlines()}
+    assert list(lines)[2:] == ["`none`", "`random2`", "`bw`"]
+    assert lines["`bw`"] == ["2", "82.0 ± 25.4", "82.0 ± 25.4", "30.0 ± 0.0", "2,400", "72.0 ± 25.4", "+3.0 ± 12.7", "+1.0 ± 25.4"]
+
+
+def test_table_3_ranks_the_strategies():
+    """Four strategies whose final score rises with pooled R2 and falls with the one within prompts."""
+    strategies = ("bon", "bw", "none", "random2")
+    r2 = {s: {"r2": {"mean": 0.5 + 0.1 * k}, "r2_within": {"mean": 0.9 - 0.1 * k}} for k, s in enumerate(strategies)}
+    records = [record(s, seed, 0.6 + 0.05 * k + 0.001 * seed) for k, s in enumerate(strategies) for seed in range(3)]
+    text = tables.table_3(records + [{"group": "r2", "method": "none", "seed": 0, "r2": {"sft": r2}}])
+    assert "pooled R² and final greedy pass@1 over 4 strategies: +1.00" in text
+    assert "R² within prompts and final greedy pass@1 over 4 strategies: -1.00" in text
+
+
+def test_every_run_of_the_plan_is_a_command_that_its_script_takes(monkeypatch):
+    plan = tables.plan()
+    assert len({tables.key(run) for run in plan}) == len(plan)
+    seen = set()
+    for run in plan:
+        command = run["command"] or []
+        if not command or tuple(command) in seen or not (ROOT / command[0]).is_file():
+            continue
+        seen.add(tuple(command))
+        name, flags = command[0], command[1:]
+        if name == "tools/controlled.py":
+            name, flags = ("03_r2_analysis.py" if flags[0] == "r2" else "04_pf_ppo.py"), command[command.index("--") + 1:]
+        script = load_script(name)
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        script.parse_config(script.Config, script.__doc__)
+
+
+def test_a_run_is_trained_tested_and_recorded(pipeline, monkeypatch, tmp_path):
+    monkeypatch.chdir(pipeline["folder"])
+    monkeypatch.setattr(tables, "EQUAL_PASSES", 32)  # two iterations of 16 kept responses
+    run = {"group": "main", "method": "bw", "seed": 1, "command": ["04_pf_ppo.py", "--strategy", "bw", *map(str, PPO_FLAGS),
+                                                                    "--iterations", "6"]}
+    out = tables.WORK / "main/bw/1"
+    out.mkdir(parents=True)
+    done = tables.train_and_test(run, out)
+    assert done["cost"]["samples"] == 6 * 40 and done["cost"]["critic_rows"] == 6 * 16 and done["cost"]["policy_rows"] == 5 * 16
+    assert done["checkpoints"]["last"] == 6 and done["checkpoints"]["equal"] == 5  # the first saved one after two iterations
+    assert all(0 <= done["test"][name][kind] <= 1 for name in ("best", "last", "equal") for kind in ("greedy", "sampled"))
+    assert [line["iteration"] for line in done["iterations"]] == list(range(7)) and not list(out.glob("train/iteration_*"))
+    tables.RESULTS.mkdir()
+    (tables.RESULTS / "results.jsonl").write_text(json.dumps(done) + "\n")
+    assert "| `bw` | 1 |" in run_script("tools/tables.py", "show", cwd=pipeline["folder"]).stdout
+    for name in ("training.png", "frontier.png"):
+        assert (tables.RESULTS / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_nothing_to_show(tmp_path):
+    done = run_script("tools/tables.py", "show", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "tables.py run" in done.stderr and not list(tmp_path.iterdir())

@@ -1,0 +1,425 @@
+"""The tables of results/: every method, several seeds, from one results file.
+
+    python tools/tables.py run --budget_minutes 60 --jobs 2    train, evaluate, add a line to results/results.jsonl; goes on where
+                                                               it stopped. Needs data/tiny, out/sft and out/rm of runs/tiny.sh.
+    python tools/tables.py show                                results/tables.md and figures, from results.jsonl alone
+    python tools/tables.py list                                what is done and what is to do, with the commands
+
+Each run is a numbered script as a subprocess with its default settings but for the flags that `list` shows. A seed decides the
+order of prompts, the samples and the filter; the SFT policy and the reward model are the same for all seeds (so intervals hold
+the variance of reinforcement learning, not that of the stages before). Methods of a seed see the same prompts in the same order,
+so differences are paired by seed. The test problems are those of 05_eval.py; validation problems choose `best`.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, WORK = Path("results"), Path("out/tables")  # in the folder where data/ and out/ are
+FILTERS = ["none", "random2", "bw", "br", "bon", "single", "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3"]
+MEASURING = ["auto", "learned"]
+CRITIC_FREE = {"rloo": ("none", "rloo"), "rloo_bw": ("bw", "rloo"), "grpo": ("none", "grpo"), "grpo_bw": ("bw", "grpo")}
+BASELINES = ["raft", "bond", "dpo", "ipo", "kto", "iterative_dpo"]
+PLUM = {"plum_dpo": ["--loss", "dpo"], "plum_kto": ["--loss", "kto"], "plum_online_dpo": ["--loss", "dpo", "--online"]}
+EQUAL_PASSES = 2400  # responses trained on: BR, BW and random2 in 25 iterations, PPO-M in 10
+RMS = {"pairs_50": ["--max_pairs", "50", "--epochs", "20"], "pairs_300": ["--max_pairs", "300", "--epochs", "8"],
+       "pairs_1000": ["--max_pairs", "1000", "--epochs", "4"], "noise_0.2": ["--label_noise", "0.2"],
+       "noise_0.4": ["--label_noise", "0.4"]}
+PROFILES = [("clean", "hash"), ("moderate", "hash"), ("high", "hash"), ("low", "hash"), ("everywhere", "hash"),
+            ("moderate", "length"), ("high", "length"), ("everywhere", "length")]
+SHORT = ["--iterations", "15"]  # sweeps: enough to see a difference, three fifths of the time
+
+
+def ppo(strategy, *flags):
+    return ["04_pf_ppo.py", "--strategy", strategy, *flags]
+
+
+def plan():
+    """All runs in order of importance: {"group", "method", "seed", "command", "needs"}; `needs` is a run that must be done."""
+    runs = []
+
+    def add(group, method, seed, command, needs=None):
+        runs.append({"group": group, "method": method, "seed": seed, "command": command, "needs": needs})
+
+    def main_group(methods, seeds):
+        for seed in seeds:
+            for method, command in methods.items():
+                add("main", method, seed, command)
+
+    add("main", "sft", 0, None)
+    main_group({name: ppo(name) for name in FILTERS[:5]}, range(5))
+    for seed in range(5):
+        add("r2", "none", seed, ["03_r2_analysis.py"], ("main", "none", seed))
+    main_group({name: ppo(name) for name in FILTERS[5:] + MEASURING}, range(5))
+    main_group({name: ["06_baselines.py", "--method", name] for name in BASELINES}, range(5))
+    main_group({name: ppo(s, "--advantage", a) for name, (s, a) in CRITIC_FREE.items()}, range(5))
+    main_group({name: ["07_plum.py", *flags] for name, flags in PLUM.items()}, range(5))
+    for seed in range(3):
+        for profile, noise in PROFILES:
+            for name in ("none", "random2", "br", "bw"):
+                command = ["tools/controlled.py", "ppo", "--profile", profile, "--noise", noise, "--", "--strategy", name, *SHORT]
+                add(f"profile_{profile}_{noise}", name, seed, command)
+            if seed == 0:
+                add(f"profile_{profile}_{noise}", "r2", 0, ["tools/controlled.py", "r2", "--profile", profile, "--noise", noise,
+                                                          "--"])
+        for kl_coef in ("0.03", "0.1", "1.0"):
+            for name in ("none", "random2", "br", "bw"):
+                add(f"kl_{kl_coef}", name, seed, ppo(name, "--kl_coef", kl_coef))
+        for rm, flags in RMS.items():
+            if seed == 0:
+                add(f"rm_{rm}", "rm", 0, ["02_reward_model.py", *flags])
+                add(f"rm_{rm}", "r2", 0, ["03_r2_analysis.py", "--reward_model", f"out/tables/rm_{rm}/rm/0"], (f"rm_{rm}", "rm", 0))
+            for name in ("none", "random2", "br", "bw"):
+                add(f"rm_{rm}", name, seed, ppo(name, "--reward_model", f"out/tables/rm_{rm}/rm/0", *SHORT), (f"rm_{rm}", "rm", 0))
+    return runs
+
+
+def key(record):
+    return record["group"], record["method"], record["seed"]
+
+
+def read_results():
+    path = RESULTS / "results.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+# --------------------------------------------------------------------------------------------------------------- running
+
+
+def call(command, log):
+    """A script of this project as a subprocess; its output goes to `log`. A failure ends the whole run with its last line."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with open(log, "a", encoding="utf-8") as file:
+        code = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], stdout=file, stderr=file,
+                              env=environment).returncode
+    if code:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {code}; see {log}")
+
+
+def train_and_test(run, out):
+    """One training run and the test problems' verdict on its best, last and equal-passes checkpoints -> record."""
+    record = {"group": run["group"], "method": run["method"], "seed": run["seed"]}
+    checkpoints = {"best": "out/sft"}
+    if run["command"]:
+        call([*run["command"], "--seed", str(run["seed"]), "--out", str(out / "train"), "--threads", "1", "--workers", "1",
+              "--save_every", "5", "--resume"], out / "log.txt")
+        lines = [json.loads(line) for line in (out / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        validated = [line for line in lines if "validation_pass_at_1" in line]
+        trained = np.cumsum([line.get("kept", 0) for line in lines])
+        equal = next((line["iteration"] for line, rows in zip(lines, trained)
+                      if rows >= EQUAL_PASSES and line["iteration"] % 5 == 0), lines[-1]["iteration"])
+        at = {"best": max(validated, key=lambda line: line["validation_pass_at_1"])["iteration"],
+              "last": lines[-1]["iteration"], "equal": equal}
+        checkpoints = {"best": out / "train" / "best", "last": out / "train" / "last"}
+        if equal != at["last"]:
+            checkpoints["equal"] = out / "train" / f"iteration_{equal}"
+        steps = [line for line in lines if line["iteration"]]
+        phases = [name for name in steps[0] if name.startswith("seconds_") and name not in ("seconds_validate", "seconds_measure")]
+        critic = any("critic_loss" in line for line in steps)
+        record |= {
+            "iterations": [{name: round(line[name], 4) if isinstance(line[name], float) else line[name] for name in
+                            ("iteration", "rm_score", "pass_rate", "kl_per_response", "entropy", "length", "kept", "seen",
+                             "strategy", "validation_pass_at_1") if name in line} for line in lines],
+            "cost": {"samples": sum(line["seen"] + line.get("r2_responses", 0) for line in steps),
+                     "policy_rows": sum(line["kept"] for line in steps if "policy_loss" in line),
+                     "critic_rows": sum(line["kept"] for line in steps) if critic else 0,
+                     "seconds": round(sum(line[name] for line in steps for name in phases), 1),
+                     "seconds_train": round(sum(line.get("seconds_train", 0) + line.get("seconds_forward", 0) for line in steps), 1)},
+            "checkpoints": at}
+    call(["05_eval.py", "--policies", *map(str, checkpoints.values()), "--samples", "4", "--ks", "1", "--threads", "1",
+          "--workers", "1", "--out", str(out / "eval")], out / "log.txt")
+    rows = json.loads((out / "eval" / "results.json").read_text(encoding="utf-8"))
+    record["test"] = {name: {"greedy": row["greedy pass@1"]["mean"], "sampled": row["pass@1"]["mean"]}
+                      for name, row in zip(checkpoints, rows)}
+    if run["command"] and "equal" not in record["test"]:
+        record["test"]["equal"] = record["test"]["last"]
+    if run["group"] != "main" or run["method"] != "none":  # those of PPO-M are read again for Table 1
+        for path in (out / "train").glob("iteration_*"):
+            shutil.rmtree(path)
+    return record
+
+
+def one(run):
+    """Carry out a run of any kind -> its record for results.jsonl."""
+    out = WORK / run["group"] / run["method"] / str(run["seed"])
+    record = {"group": run["group"], "method": run["method"], "seed": run["seed"]}
+    if run["method"] == "rm":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        call([*run["command"], "--out", str(out), "--threads", "1", "--workers", "1", "--resume"], out.parent / "log.txt")
+        accuracy = json.loads((out / "accuracy.json").read_text(encoding="utf-8"))
+        return record | {"accuracy": accuracy}
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / "eval", ignore_errors=True)  # of a run that was interrupted
+    if "r2" not in (run["group"], run["method"]):
+        return train_and_test(run, out)
+    policies = []
+    if run["group"] == "r2":  # Table 1: SFT, middle, final policy
+        trained = WORK / "main" / "none" / str(run["seed"]) / "train"
+        policies = ["--policies", "out/sft", str(trained / "iteration_10"), str(trained / "last")]
+    call([*run["command"], *policies, "--seed", str(run["seed"]), "--out", str(out / "r2"), "--threads", "1", "--workers", "1"],
+         out / "log.txt")
+    table = json.loads((out / "r2" / "r2.json").read_text(encoding="utf-8"))["table"]
+    return record | {"r2": dict(zip(("sft", "middle", "final"), table.values()))}
+
+
+def run_all(args):
+    """Runs that are not in results.jsonl yet, `--jobs` at a time, until the budget is spent."""
+    RESULTS.mkdir(exist_ok=True)
+    done, lock, started = {key(record) for record in read_results()}, threading.Lock(), time.time()
+    waiting = [run for run in plan() if key(run) not in done and (not args.only or run["group"] in args.only)
+               and (not args.methods or run["method"] in args.methods)]
+
+    def worker():
+        while time.time() - started < args.budget_minutes * 60:
+            with lock:
+                ready = next((run for run in waiting if run["needs"] is None or run["needs"] in done), None)
+                if ready is None:
+                    return
+                waiting.remove(ready)
+            begun = time.time()
+            record = one(ready) | {"minutes": round((time.time() - begun) / 60, 2)}
+            with lock:
+                with open(RESULTS / "results.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+                done.add(key(ready))
+                best = record.get("test", {}).get("best", {}).get("greedy")
+                print(f"{(time.time() - started) / 60:5.1f} min  {ready['group']} {ready['method']} seed {ready['seed']}"
+                      + (f"  test pass@1 {best:.3f}" if best else "") + f"  ({len(waiting)} to go)", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for future in [pool.submit(worker) for _ in range(args.jobs)]:
+            future.result()
+
+
+# ---------------------------------------------------------------------------------------------------------------- tables
+
+
+def interval(values):
+    """Mean and half width of the 95% interval (Student's t over seeds); nan with fewer than two values."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()) if len(values) else math.nan, math.nan
+    return float(values.mean()), float(scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def cell(values, percent=True, sign=False):
+    mean, half = interval(values)
+    if math.isnan(mean):
+        return ""
+    scale, digits = (100, 1) if percent else (1, 3)
+    text = f"{mean * scale:+.{digits}f}" if sign else f"{mean * scale:.{digits}f}"
+    return text + ("" if math.isnan(half) else f" ± {half * scale:.{digits}f}")
+
+
+def markdown(head, rows):
+    return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]) + "\n"
+
+
+def by_seed(records, group, method, value):
+    """{seed: value(record)} of the runs of a method."""
+    return {r["seed"]: value(r) for r in records if r["group"] == group and r["method"] == method}
+
+
+def test(checkpoint, kind):
+    return lambda record: record["test"][checkpoint][kind]
+
+
+def paired(records, group, method, other, value):
+    a, b = by_seed(records, group, method, value), by_seed(records, group, other, value)
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def methods_of(records, group):
+    """Methods with a test result in a group, in the order of the plan."""
+    there = {r["method"] for r in records if r["group"] == group and "cost" in r}
+    return [m for m in dict.fromkeys(run["method"] for run in plan() if run["group"] == group) if m in there]
+
+
+def table_1(records):
+    rows = []
+    for policy in ("sft", "middle", "final"):
+        for name, label in (("r2", "pooled"), ("r2_within", "within prompts")):
+            values = {s: [r["r2"][policy][s][name]["mean"] for r in records if r["group"] == "r2" and policy in r["r2"]]
+                      for s in ("none", "random2", "bon", "br", "bw")}
+            rows.append([policy, label, *(cell(values[s], percent=False) for s in values)])
+    return markdown(["policy of PPO-M", "R²", "none", "random2", "BoN", "BR", "BW"], rows)
+
+
+def table_2(records):
+    rows = [["SFT", "", f"{100 * greedy:.1f}", "", "", "", "", "", ""]
+            for greedy in by_seed(records, "main", "sft", test("best", "greedy")).values()]
+    for method in methods_of(records, "main"):
+        values = [list(by_seed(records, "main", method, test(*what)).values()) for what in
+                  (("best", "greedy"), ("last", "greedy"), ("last", "sampled"), ("equal", "greedy"))]
+        trained = by_seed(records, "main", method, lambda r: r["cost"]["policy_rows"])
+        rows.append([f"`{method}`", len(trained), *map(cell, values[:3]), f"{np.mean(list(trained.values())):,.0f}", cell(values[3]),
+                     *(cell(paired(records, "main", method, other, test("last", "greedy")), sign=True) if method != other else ""
+                       for other in ("random2", "none"))])
+    return markdown(["method", "seeds", "greedy, best", "greedy, last", "sampled, last", "responses trained on",
+                     f"greedy, {EQUAL_PASSES:,} trained on", "last − `random2`", "last − PPO-M"], rows)
+
+
+def table_3(records):
+    """Each strategy's R2 on the SFT policy beside its final pass@1, and the rank correlations with bootstrap intervals."""
+    r2 = [r["r2"]["sft"] for r in records if r["group"] == "r2"]
+    strategies = [m for m in methods_of(records, "main") if r2 and m in r2[0]]
+    if len(strategies) < 4:
+        return "Too few strategies are done.\n"
+    scores = {s: by_seed(records, "main", s, test("last", "greedy")) for s in strategies}
+    rows = [[f"`{s}`", *(f"{np.mean([t[s][k]['mean'] for t in r2]):.3f}" for k in ("r2", "r2_within")),
+             cell(list(scores[s].values())), cell(list(by_seed(records, "main", s, test("last", "sampled")).values()))]
+            for s in strategies]
+    text = markdown(["strategy", "R², pooled", "R², within prompts", "greedy, last", "sampled, last"], rows) + "\n"
+    rng = np.random.default_rng(0)
+    for name, label in (("r2", "pooled R²"), ("r2_within", "R² within prompts")):
+        draws = []
+        for resample in range(2001):  # the first one takes everything as it is
+            pick = (lambda values: rng.choice(values, len(values))) if resample else (lambda values: values)
+            x = [np.mean(pick([t[s][name]["mean"] for t in r2])) for s in strategies]
+            y = [np.mean(pick(list(scores[s].values()))) for s in strategies]
+            draws.append(scipy.stats.spearmanr(x, y).statistic)
+        low, high = np.percentile(draws[1:], [2.5, 97.5])
+        text += (f"Rank correlation (Spearman) of {label} and final greedy pass@1 over {len(strategies)} strategies: "
+                 f"{draws[0]:+.2f}, 95% interval over seeds {low:+.2f} to {high:+.2f}.\n\n")
+    return text
+
+
+def table_6(records):
+    rows = []
+    for method in methods_of(records, "main"):
+        costs = [r["cost"] for r in records if r["group"] == "main" and r["method"] == method]
+        rows.append([f"`{method}`", *(f"{np.mean([c[name] for c in costs]):,.0f}" for name in
+                                      ("samples", "samples", "policy_rows", "critic_rows", "seconds", "seconds_train"))])
+    return markdown(["method", "samples", "RM passes", "policy trained on", "critic trained on", "seconds", "of these training"],
+                    rows)
+
+
+def sweep_table(records, prefix, label):
+    """One row a setting, one column a filter: last greedy pass@1, and BW's and BR's difference to the control."""
+    groups = dict.fromkeys(run["group"] for run in plan() if run["group"].startswith(prefix))
+    rows = []
+    for group in groups:
+        done = methods_of(records, group)
+        if not done:
+            continue
+        extra = [r for r in records if r["group"] == group and r["method"] == "rm"]
+        accuracy = f"{extra[0]['accuracy']['all pairs']['accuracy']:.3f}" if extra else ""
+        r2 = [r["r2"]["sft"] for r in records if r["group"] == group and r["method"] == "r2"]
+        rows.append([group.removeprefix(prefix), accuracy,
+                     *(f"{r2[0][s]['r2']['mean']:.2f} / {r2[0][s]['r2_within']['mean']:.2f}" if r2 else "" for s in ("none", "br", "bw")),
+                     *(cell(list(by_seed(records, group, m, test("last", "greedy")).values())) for m in ("none", "random2", "br", "bw")),
+                     *(cell(paired(records, group, m, "random2", test("last", "greedy")), sign=True) for m in ("br", "bw"))])
+    return markdown([label, "RM accuracy", "R² none", "R² BR", "R² BW", "PPO-M", "random2", "BR", "BW", "BR − random2",
+                     "BW − random2"], rows) if rows else "Not run yet.\n"
+
+
+def plot_training(records, path, methods=("none", "random2", "bon", "br", "bw")):
+    """Figure 2: reward and true pass rate of the rollouts over training, mean over seeds with their range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
+    panels = (("rm_score", "reward of the rollouts, standard deviations"), ("pass_rate", "share of the rollouts that pass"),
+              ("kl_per_response", "KL from the SFT policy, nats a response"))
+    for axis, (name, label) in zip(axes, panels):
+        for method in methods:
+            runs = [[line[name] for line in r["iterations"] if name in line] for r in records
+                    if r["group"] == "main" and r["method"] == method]
+            if runs:
+                steps = range(1, len(runs[0]) + 1)
+                axis.plot(steps, np.mean(runs, 0), label=f"{method}, {len(runs)} seeds")
+                axis.fill_between(steps, np.min(runs, 0), np.max(runs, 0), alpha=0.15)
+        axis.set(xlabel="iteration", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle("Training: mean over seeds, shaded from the lowest to the highest")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_frontier(records, path):
+    """True pass rate against KL from the reference, one line a filter through the points of the KL sweep."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = {"kl_0.03": 0.03, "kl_0.1": 0.1, "main": 0.3, "kl_1.0": 1.0}
+    figure, axis = plt.subplots(figsize=(7.5, 5))
+    for method in ("none", "random2", "br", "bw"):
+        points = []
+        for group in settings:
+            runs = [r for r in records if r["group"] == group and r["method"] == method]
+            if runs:
+                points.append((np.mean([r["iterations"][-1]["kl_per_response"] for r in runs]),
+                               np.mean([r["test"]["last"]["greedy"] for r in runs])))
+        if points:
+            axis.plot(*zip(*sorted(points)), "o-", label=method)
+    axis.set(xlabel="KL from the SFT policy at the last iteration, nats a response", ylabel="greedy pass@1, test, last iteration",
+             xscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    axis.set_title("Further from SFT: KL coefficients 1, 0.3, 0.1, 0.03 from left to right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def show(records):
+    """Tables and figures from results.jsonl alone."""
+    parts = ["# Tables\n", "Written by `python tools/tables.py show` from results.jsonl. pass@1 in percent on the 500 test problems of "
+             "the tiny set; ± is the half width of a 95% interval over seeds (Student's t). What they mean: README.md here.\n"]
+    for title, text in (
+            ("Table 1: R² of the filters for SFT, middle (iteration 10) and final policy of PPO-M", table_1(records)),
+            ("Table 2: all methods at equal numbers of generated samples", table_2(records)),
+            ("Table 3: does R² on the SFT policy predict the result of training?", table_3(records)),
+            ("Table 6: what a run costs (one thread; other runs beside it)", table_6(records)),
+            ("KL coefficient", sweep_table(records, "kl_", "coefficient")),
+            ("Quality of the reward model (15 iterations)", sweep_table(records, "rm_", "reward model")),
+            ("Reliability set by hand (15 iterations)", sweep_table(records, "profile_", "profile"))):
+        parts += [f"## {title}\n", text]
+    (RESULTS / "tables.md").write_text("\n".join(parts), encoding="utf-8")
+    plot_training(records, RESULTS / "training.png")
+    plot_frontier(records, RESULTS / "frontier.png")
+    print("\n".join(parts))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "show", "list"))
+    parser.add_argument("--budget_minutes", type=float, default=60, help="run: start nothing after so many minutes")
+    parser.add_argument("--jobs", type=int, default=2, help="run: training runs at a time, one thread each")
+    parser.add_argument("--only", nargs="+", help="run: these groups only")
+    parser.add_argument("--methods", nargs="+", help="run: these methods only")
+    args = parser.parse_args()
+    records = read_results()
+    if args.action == "run":
+        run_all(args)
+    elif args.action == "list":
+        done = {key(record) for record in records}
+        for run in plan():
+            print("done " if key(run) in done else "     ", *key(run), " ".join(run["command"] or ["05_eval.py"]))
+    elif not records:
+        print("tables.py: error: results/results.jsonl is empty; `python tools/tables.py run` first", file=sys.stderr)
+        raise SystemExit(2)
+    else:
+        show(records)
+
+
+if __name__ == "__main__":
+    main()
