@@ -664,7 +664,7 @@ class TargetLogprobs(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         w = weight.to(ctx.dtype)
         hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for h, t, g, out in zip(*(x.split(ctx.size) for x in (hidden, targets, gradient, hidden_gradient))):
             h = h.to(ctx.dtype)
             p = torch.softmax((h @ w.T).float() / ctx.temperature, 1)
@@ -673,20 +673,33 @@ class TargetLogprobs(torch.autograd.Function):
             out.copy_(p @ w)
             if weight_gradient is not None:
                 weight_gradient += p.T @ h
+        if weight_gradient is not None:
+            weight_gradient = weight_gradient.to(weight.dtype)
         return hidden_gradient, weight_gradient, None, None, None
 
 
-def target_logprobs(head, hidden, targets, temperature, logits_mb):
-    """Log-probability of each target under softmax(head(hidden) / temperature), without all logits at once.
+def target_logprobs(model, targets, real, temperature, logits_mb, **inputs):
+    """Log-probability of each target under softmax(logits / temperature), without all logits at once.
 
     In float32 the logits of 48 responses of 512 tokens and a vocabulary of 152k take 15 GB, their gradient as much again, and
     more than the model. Here a part of them is computed, used and forgotten, and computed once more in the backward pass.
 
-    Args: head: the lm_head, without a bias; hidden: (K, D); targets: (K,); logits_mb: size of a part in float32, MB.
-    Returns: (K,) float32.
+    Args: targets, real: (B, T) token ids that follow the last T positions but one of `inputs`, and where they count;
+        logits_mb: size of a part in float32, MB. `logits_are_plain(model)` must hold. Returns: (B, T) float32, 0 where not real.
     """
+    head = model.get_output_embeddings()
     size = max(1, int(logits_mb * 2**18 / head.weight.shape[0]))  # rows; a float32 has four bytes
-    return TargetLogprobs.apply(hidden, head.weight, targets, temperature, size)
+
+    def in_parts(hidden):  # (B, T + 1, D); it stands in for the lm_head, as part of the model's own forward pass
+        logprobs = TargetLogprobs.apply(hidden[:, :-1][real], head.weight, targets[real], temperature, size)
+        return torch.zeros(real.shape, device=real.device).masked_scatter(real, logprobs)
+
+    head.forward = in_parts
+    try:
+        with autocast(targets.device):
+            return model(**inputs, use_cache=False, logits_to_keep=targets.shape[1] + 1).logits
+    finally:
+        del head.forward
 
 
 def response_logprobs(model, input_ids, attention_mask, response_length, temperature, logits_mb=0):
@@ -698,17 +711,13 @@ def response_logprobs(model, input_ids, attention_mask, response_length, tempera
     """
     # Left padding shifts a row to the right: without positions from the mask the same row would differ by its neighbours.
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     targets = input_ids[:, -response_length:]
-    head = model.get_output_embeddings()
-    if logits_mb and targets.numel() * head.weight.shape[0] > logits_mb * 2**18:
-        with autocast(input_ids.device):
-            hidden = model.base_model(**inputs).last_hidden_state[:, -response_length - 1:-1]  # (B, T, D)
-            real = attention_mask[:, -response_length:] == 1  # padding needs no logits
-            logprobs = target_logprobs(head, hidden[real], targets[real], temperature, logits_mb)
-        return torch.zeros(targets.shape, device=targets.device).masked_scatter(real, logprobs)
+    if logits_mb and targets.numel() * model.config.vocab_size > logits_mb * 2**18:  # a float32 has four bytes
+        real = attention_mask[:, -response_length:] == 1  # padding needs no logits
+        return target_logprobs(model, targets, real, temperature, logits_mb, **inputs)
     with autocast(input_ids.device):
-        logits = model(**inputs, logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
+        logits = model(**inputs, use_cache=False, logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
     logits = logits[:, :-1].float() / temperature  # position t predicts token t + 1
     return torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1)
 
