@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script, tiny_config
+from conftest import load_script, run_script, tiny_config
 from test_models import DEVICE, Tokens, logprobs_of, rows, training_batch
 from test_pipeline import read, without_seconds
 
@@ -458,3 +458,15 @@ def test_the_plan_of_a_1_5b_model_is_printed_and_judged(ppo, tmp_path, monkeypat
     assert "1543.7 M" in output[24] and "does NOT fit" in output[24] and "--lora_rank" in output[24]
     assert "it fits" in output[80] and "KV cache" in output[80]
     assert not (tmp_path / "out").exists()  # a plan writes nothing
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_on_a_gpu_the_plan_is_the_measured_peak_and_less_than_the_plain_way(checkpointing):
+    """A PPO step of the shape of Qwen2.5-Coder-0.5B, as tools/benchmark.py makes it."""
+    benchmark = load_script("tools/benchmark.py")
+    args = SimpleNamespace(threads=0, lora_rank=0, repeats=1, prompt_tokens=256, max_new_tokens=256, minibatch_size=16,
+                           micro_batch_size=8, logits_mb=512, gradient_checkpointing=checkpointing)
+    ours, plain = (benchmark.measure("qwen2.5-coder-0.5b", "train", way, args)["peak"] for way in (False, True))
+    assert benchmark.planned_peak("qwen2.5-coder-0.5b", args) == pytest.approx(ours, rel=0.15)
+    assert ours < 0.85 * plain

@@ -217,7 +217,6 @@ def measure(name, phase, plain, args):
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     importlib.import_module("torch._dynamo")  # the first optimiser imports it
     if args.lora_rank:
         importlib.import_module("peft")
@@ -225,6 +224,8 @@ def measure(name, phase, plain, args):
     prepare = {"generate": prepare_generate, "score": prepare_score, "train": prepare_train}[phase]
     try:
         run = prepare(ppo, args, SHAPES[name], device, plain)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # here models are made in float32; stage 4 halves frozen ones before they come
         seconds, rates = [], []
         for repeat in range(args.repeats + (device.type == "cuda")):  # a GPU's first turn is for warming up
             start = time.perf_counter()
