@@ -370,6 +370,25 @@ def test_lora_without_peft_says_what_to_install(pipeline, ppo, monkeypatch, caps
     assert not (pipeline["folder"] / "out/no_peft").exists()
 
 
+def test_lora_without_sense_is_refused(sft, ppo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sft.jsonl").write_text('{"task_id": "a", "prompt": "b", "solution": "c"}\n')
+    for run, words in ((lambda: sft.main(sft.Config(data="sft.jsonl", lora_rank=4)), "--model"),
+                       (lambda: ppo.add_adapters(torch.nn.Linear(2, 2), -1, torch.float32, 0), "--lora_rank -1")):
+        with pytest.raises(SystemExit) as stopped:
+            run()
+        message = capsys.readouterr().err
+        assert stopped.value.code == 2 and words in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_a_model_that_is_not_there_is_refused(ppo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        ppo.main(ppo.Config(plan=True, policy="out/nothing"))
+    assert stopped.value.code == 2 and "no model at out/nothing" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------- --plan
 
 
