@@ -669,7 +669,7 @@ def main(cfg):
         records = read_jsonl(work / "samples.jsonl", {"response_ids": list})
         print(f"resuming {out} with the {len(records)} responses in {work}", flush=True)
     else:
-        policy = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer), frozen=True).eval()
+        policy = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer)).eval()
         check_lengths(problems, prompt_ids, cfg.max_new_tokens, policy.config)
         generator = torch.Generator(device).manual_seed(cfg.seed)
         with autocast(device):
