@@ -31,6 +31,7 @@ import re
 import resource
 import sys
 import time
+import traceback
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,19 +283,57 @@ def autocast(device):
     return contextlib.nullcontext()  # on most CPUs bf16 is slower than float32
 
 
+@contextlib.contextmanager
+def memory_advice(cfg):
+    """Out of memory: one line that names what to lower, exit code 2. The traceback tells in which phase it was."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU has none of its own
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        places = {frame.name for frame in frames}
+        if "load_model" in places or any("/torch/optim/" in frame.filename for frame in frames):
+            fail("out of memory: weights and optimiser do not fit; take a smaller model, or a larger card")
+        if "generate" in places:
+            flag = "generate_batch_size"
+        elif places & {"score_responses", "forward_rows"}:
+            flag = "score_batch_size"
+        else:
+            flag = "micro_batch_size"
+        if not hasattr(cfg, flag):
+            raise
+        more = "" if flag != "micro_batch_size" or cfg.gradient_checkpointing else ", or add --gradient_checkpointing"
+        fail(f"out of memory: lower --{flag} ({getattr(cfg, flag)}){more}")
+
+
 def check_model_path(path):
     """A missing folder is an error at once; taken for a name on the hub it would cost a minute without a network."""
     if str(path).startswith(("/", ".", "out/")) and not Path(path).is_dir():
         fail(f"no model at {path}; run the stage that writes it first (README, the table of stages)")
 
 
-def load_tokenizer(path):
-    """A tokenizer with a pad token that is not EOS: else a mask made from ids would hide the EOS that we train."""
+def load_tokenizer(path, plain=False):
+    """A tokenizer whose EOS closes a response, with a pad token that is not EOS: else a mask made from ids would hide the
+    EOS that we train.
+
+    A chat template may close a turn with another token than the tokenizer's EOS (Gemma <end_of_turn>, Phi-3 <|end|>, ChatML
+    <|im_end|>). An instruction-tuned model emits that one, so it becomes the EOS. plain: without the template.
+    """
     check_model_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         fail(f"no tokenizer at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    if plain:
+        tokenizer.chat_template = None
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "RESPONSE"}]
+        _, found, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("RESPONSE")
+        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
+        if found and closing:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -675,4 +714,6 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, __doc__))
+    config = parse_config(Config, __doc__)
+    with memory_advice(config):
+        main(config)

@@ -43,6 +43,7 @@ import resource
 import shutil
 import sys
 import time
+import traceback
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,9 @@ from transformers.pytorch_utils import Conv1D
 import sandbox
 
 PROBLEM_FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "entry_point": (str, type(None)), "tests": list}
+# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or the end of a run alone.
+RESUME_MAY_CHANGE = {"resume", "micro_batch_size", "score_batch_size", "generate_batch_size", "gradient_checkpointing", "workers",
+                     "threads", "max_kl"}
 
 STRATEGIES = ("none", "random2", "bon", "br", "bw", "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3")
 
@@ -100,6 +104,7 @@ class Config:
     kl_control: typing.Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef follows kl_target
     kl_target: float = 1.0  # adaptive: the KL from the reference to aim at, nats per response
     kl_horizon: int = 1000  # adaptive: responses over which kl_coef may change by a factor of about e
+    max_kl: float = 100.0  # a KL above, nats per response, stops the run: the policy has fallen apart; not given in the paper
     whiten_before_filter: bool = False  # the wrong order, for comparison: with bon all advantages come out positive
     critic_rows: typing.Literal["kept", "all"] = "kept"  # what the critic trains on; paper: the kept responses
     eval_every: int = 5  # iterations between two validations (greedy pass@1); the last iteration always has one
@@ -339,19 +344,57 @@ def autocast(device):
     return contextlib.nullcontext()  # on most CPUs bf16 is slower than float32
 
 
+@contextlib.contextmanager
+def memory_advice(cfg):
+    """Out of memory: one line that names what to lower, exit code 2. The traceback tells in which phase it was."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU has none of its own
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        places = {frame.name for frame in frames}
+        if "load_model" in places or any("/torch/optim/" in frame.filename for frame in frames):
+            fail("out of memory: weights and optimiser do not fit; take a smaller model, or a larger card")
+        if "generate" in places:
+            flag = "generate_batch_size"
+        elif places & {"score_responses", "forward_rows"}:
+            flag = "score_batch_size"
+        else:
+            flag = "micro_batch_size"
+        if not hasattr(cfg, flag):
+            raise
+        more = "" if flag != "micro_batch_size" or cfg.gradient_checkpointing else ", or add --gradient_checkpointing"
+        fail(f"out of memory: lower --{flag} ({getattr(cfg, flag)}){more}")
+
+
 def check_model_path(path):
     """A missing folder is an error at once; taken for a name on the hub it would cost a minute without a network."""
     if str(path).startswith(("/", ".", "out/")) and not Path(path).is_dir():
         fail(f"no model at {path}; run the stage that writes it first (README, the table of stages)")
 
 
-def load_tokenizer(path):
-    """A tokenizer with a pad token that is not EOS: else a mask made from ids would hide the EOS that we train."""
+def load_tokenizer(path, plain=False):
+    """A tokenizer whose EOS closes a response, with a pad token that is not EOS: else a mask made from ids would hide the
+    EOS that we train.
+
+    A chat template may close a turn with another token than the tokenizer's EOS (Gemma <end_of_turn>, Phi-3 <|end|>, ChatML
+    <|im_end|>). An instruction-tuned model emits that one, so it becomes the EOS. plain: without the template.
+    """
     check_model_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         fail(f"no tokenizer at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    if plain:
+        tokenizer.chat_template = None
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "RESPONSE"}]
+        _, found, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("RESPONSE")
+        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
+        if found and closing:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -1276,8 +1319,9 @@ def main(cfg):
 
     # ---- start or resume. All that is random is seeded by the iteration's number: weights and metrics are the whole state.
     if cfg.resume and state_path.is_file():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        changed = [name for name, value in dataclasses.asdict(settings).items() if state["config"].get(name) != value]
+        state = torch.load(state_path, map_location="cpu", weights_only=True)
+        changed = [name for name, value in dataclasses.asdict(settings).items()
+                   if state["config"].get(name) != value and name not in RESUME_MAY_CHANGE]
         if changed:
             fail(f"{out} was started with other settings ({', '.join(changed)}); use the same flags to resume it")
         for name, model in models.items():
@@ -1365,6 +1409,9 @@ def main(cfg):
                      f"the reference {kl.abs().max():.4f} (must be 0): policy and reference are not the same model")
         policy_statistics, critic_statistics, problem = {}, {}, None
         try:
+            if kl.sum(1).mean() > cfg.max_kl:
+                raise FloatingPointError(f"KL from the reference is {kl.sum(1).mean():.0f} nats per response, above --max_kl "
+                                         f"{cfg.max_kl:g}")
             for _ in range(cfg.epochs):
                 if cfg.advantage == "gae":
                     critic_statistics = train_epoch(models["critic"], optimizers["critic"], value_loss_of, batch,
@@ -1388,8 +1435,8 @@ def main(cfg):
              "status": results[k].status, "truncated": truncated[k].item(), "policy": f"{out}/{iteration:04d}",
              "kept": k in kept_set} for k in range(len(texts))])
         if problem:
-            fail(f"iteration {iteration}: {problem}; its rollouts are in {out}/rollouts. Lower --lr or --critic_lr, or raise "
-                 "--kl_coef")
+            fail(f"iteration {iteration}: {problem}; its rollouts are in {out}/rollouts, the best policy before in {out}/best. "
+                 "Lower --lr or --critic_lr, or raise --kl_coef")
         line = {"iteration": iteration, "strategy": strategy, "rm_score": rm_scores.mean().item(),
                 "pass_rate": passed.mean().item(), "pass_rate_kept": passed[kept].mean().item(),
                 "kept": len(kept), "seen": len(texts),
@@ -1436,4 +1483,6 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, __doc__))
+    config = parse_config(Config, __doc__)
+    with memory_advice(config):
+        main(config)

@@ -340,13 +340,27 @@ def check_model_path(path):
         fail(f"no model at {path}; run the stage that writes it first (README, the table of stages)")
 
 
-def load_tokenizer(path):
-    """A tokenizer with a pad token that is not EOS: else a mask made from ids would hide the EOS that we train."""
+def load_tokenizer(path, plain=False):
+    """A tokenizer whose EOS closes a response, with a pad token that is not EOS: else a mask made from ids would hide the
+    EOS that we train.
+
+    A chat template may close a turn with another token than the tokenizer's EOS (Gemma <end_of_turn>, Phi-3 <|end|>, ChatML
+    <|im_end|>). An instruction-tuned model emits that one, so it becomes the EOS. plain: without the template.
+    """
     check_model_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         fail(f"no tokenizer at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    if plain:
+        tokenizer.chat_template = None
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "RESPONSE"}]
+        _, found, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("RESPONSE")
+        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
+        if found and closing:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):

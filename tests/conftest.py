@@ -61,6 +61,11 @@ def evaluation():
     return load_script("05_eval.py")
 
 
+@pytest.fixture(scope="session")
+def baselines():
+    return load_script("06_baselines.py")
+
+
 # One-step problems with few flaws: a model of 0.15M parameters solves half of them after a quarter of a minute.
 DATA_FLAGS = ("--lengths", 0.4, 0.6, "--sft", 1500, "--rm", 100, "--ppo", 40, "--validation", 24, "--test", 24,
               "--hard_share", 0.3)

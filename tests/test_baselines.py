@@ -12,11 +12,6 @@ from conftest import load_script
 METHODS = ("raft", "bond", "dpo", "ipo", "kto", "iterative_dpo")
 
 
-@pytest.fixture(scope="session")
-def baselines():
-    return load_script("06_baselines.py")
-
-
 # ------------------------------------------------------------------------------------------------------ losses by hand
 
 # Two pairs: the policy raised the chosen response of the first by 1 nat and lowered its rejected one by 1: h = 1 - (-1) = 2;

@@ -127,6 +127,73 @@ def test_pad_is_not_eos_and_stays_the_same_when_saved(ppo, kind, tmp_path):
     assert ppo.encode_prompt(again, PROMPT) == ppo.encode_prompt(tokenizer, PROMPT)
 
 
+# ----------------------------------------------------------------------- templates that close a turn with another token
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA_3 = ("{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+           "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+           "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+GEMMA = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else 'user' }}\n{{ m['content'] | trim }}"
+         "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+PHI_3 = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+         "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}")
+DEEPSEEK = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}### Instruction:\n{{ m['content'] }}\n{% else %}"
+            "### Response:\n{{ m['content'] }}\n<|EOT|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}")
+TURNS = {  # name: template, its special tokens, the one that closes a turn, options of `make_tokenizer`
+    "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>", {"pad_token": "</s>"}),  # Qwen: pad is the base model's EOS
+    "llama_3": (LLAMA_3, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>", {"adds": "<s> $A"}),
+    "gemma": (GEMMA, ["<start_of_turn>", "<end_of_turn>"], "<end_of_turn>", {"pad_token": "<pad>", "style": "metaspace", "adds": "<s> $A"}),
+    "phi_3": (PHI_3, ["<|user|>", "<|assistant|>", "<|end|>"], "<|end|>", {"pad_token": "<|end|>"}),  # a pad that would be the new EOS
+    "deepseek": (DEEPSEEK, ["<|EOT|>"], "<|EOT|>", {"pad_token": "<pad>"}),  # a line break before it
+    "mistral": ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %}"
+                " {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}", [], "</s>", {"pad_token": "<pad>"}),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_a_response_ends_where_the_template_closes_a_turn(sft, rm, r2, ppo, evaluation, baselines, tmp_path, name):
+    template, tokens, closing, options = TURNS[name]
+    saved = make_tokenizer(tmp_path / "base", chat_template=template, extra_special_tokens=tokens, **options)
+    assert saved.eos_token == "</s>"
+    for stage in (sft, rm, r2, ppo, evaluation, baselines):
+        tokenizer = stage.load_tokenizer(str(tmp_path / "base"))
+        assert tokenizer.eos_token == closing and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    ids = ppo.encode_prompt(tokenizer, PROMPT) + sft.encode_response(tokenizer, "x = 1")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "x = 1"}], tokenize=False)
+    assert ids[-1] == tokenizer.convert_tokens_to_ids(closing)
+    if name not in ("deepseek", "mistral"):  # one puts a line break before the token, the other a space before the answer
+        assert text.startswith(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    assert ppo.decode_response(tokenizer, sft.encode_response(tokenizer, "x = 1")) == "x = 1"
+    tokenizer.save_pretrained(tmp_path / "saved")  # as a stage does: the next one reads the same
+    again = ppo.load_tokenizer(str(tmp_path / "saved"))
+    assert (again.eos_token, again.pad_token, len(again)) == (closing, tokenizer.pad_token, len(tokenizer))
+    plain = ppo.load_tokenizer(str(tmp_path / "base"), plain=True)
+    assert plain.eos_token == "</s>" and plain.chat_template is None
+    assert plain.decode(ppo.encode_prompt(plain, PROMPT)).endswith(PROMPT)
+
+
+def test_a_chat_model_learns_its_end_of_turn_and_stops_there(sft, ppo, tmp_path, monkeypatch):
+    """Trained by 01_sft.py, sampled by 04_pf_ppo.py's `generate`; a server that reads the folder finds the same end."""
+    from conftest import tiny_config
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer(tmp_path / "base", chat_template=CHATML, extra_special_tokens=["<|im_start|>", "<|im_end|>"], pad_token="<pad>")
+    config = tiny_config("qwen2")
+    config.vocab_size, config.eos_token_id = len(tokenizer), 2
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained("base")
+    (tmp_path / "problems.jsonl").write_text((json.dumps({**PROBLEM, "task_id": "t", "prompt": PROMPT, "solution": "x = 1\n"}) + "\n") * 40)
+    sft.main(sft.Config(model="./base", data="problems.jsonl", out="out", epochs=20, batch_size=8, lr=1e-2, max_length=64))
+    tokenizer = ppo.load_tokenizer("out")
+    policy = ppo.load_model(AutoModelForCausalLM, "out", DEVICE, len(tokenizer)).eval()
+    (ids,), = ppo.generate(policy, tokenizer, [ppo.encode_prompt(tokenizer, PROMPT)], 1, 30, 0.0, None, 1)
+    closing = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids[-1] == closing == policy.config.eos_token_id == GenerationConfig.from_pretrained("out").eos_token_id
+    assert 2 not in ids and ppo.decode_response(tokenizer, ids) == "x = 1\n"
+
+
 # ------------------------------------------------------------------------------------------- a base model in every stage
 
 
