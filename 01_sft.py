@@ -17,8 +17,10 @@ which are wrong on purpose, so that there is something left for the later stages
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
+import datetime
 import inspect
 import json
 import math
@@ -36,15 +38,18 @@ from pathlib import Path
 
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast, get_cosine_schedule_with_warmup)
 from transformers.pytorch_utils import Conv1D
 
-# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or the end of a run alone.
-RESUME_MAY_CHANGE = {"resume", "micro_batch_size", "score_batch_size", "generate_batch_size", "gradient_checkpointing", "workers",
-                     "threads", "max_kl"}
+# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or where to stop.
+RESUME_MAY_CHANGE = {"resume", "micro_batch_size", "score_batch_size", "generate_batch_size", "gradient_checkpointing",
+                     "shard", "workers", "threads", "max_kl"}
 
 @dataclass
 class Config:
@@ -71,6 +76,7 @@ class Config:
     dtype: typing.Literal["float32", "bfloat16"] = "float32"  # weights that learn; a GPU multiplies in bf16 either way
     lora_rank: int = 0  # learn adapters of this rank (peft), merged when saved; 0: learn all weights
     logits_mb: int = 512  # logits that take more than this in float32, MB, are computed in parts; 0: always at once
+    shard: bool = False  # under torchrun: split weights and optimiser state over the processes (FSDP2), not the batch alone
     threads: int = 0  # PyTorch CPU threads, 0 = PyTorch's choice
     seed: int = 0  # random seed: held-out examples, order, initial weights
 
@@ -265,7 +271,8 @@ def memory_advice(cfg):
         frames = traceback.extract_tb(error.__traceback__)
         places = {frame.name for frame in frames}
         if "load_model" in places or any("/torch/optim/" in frame.filename for frame in frames):
-            fail("out of memory: weights and optimiser do not fit; take a smaller model, or a larger card")
+            fail("out of memory: the weights, or the optimiser's state, do not fit; take a smaller model, or "
+                 + ("--lora_rank 16" if getattr(cfg, "lora_rank", None) == 0 else "a larger card"))
         if "generate" in places:
             flag = "generate_batch_size"
         elif places & {"score_responses", "forward_rows"}:
@@ -419,11 +426,14 @@ def merged_weights(model):
     return weights
 
 
-def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete."""
+def save_model(model, tokenizer, directory, weights=None):
+    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete.
+
+    weights: a state dict to save in place of the model's own.
+    """
     temporary = Path(f"{directory}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=merged_weights(model))
+    model.save_pretrained(temporary, state_dict=weights or merged_weights(model))
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
         shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
@@ -555,16 +565,18 @@ def resumable(cfg, work):
 def save_state(path, model, optimizer, scheduler, **progress):
     """Save what --resume needs, whole or not at all. The order of the batches follows from the seed, and dropout is 0: no
     state of a random generator is needed."""
-    torch.save({"model": trained_weights(model), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-                **progress}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    state = {"model": whole(trained_weights(model)), "optimizer": whole(optimizer.state_dict()),
+             "scheduler": scheduler.state_dict(), **progress}
+    if rank() == 0:
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
 
 
 def load_state(path, model, optimizer, scheduler):
     """Put back what `save_state` has saved -> its progress."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
-        part.load_state_dict(state.pop(name), **({"strict": False} if part is model else {}))  # with LoRA not all is saved
+    load_parts(model, optimizer, state.pop("model"), state.pop("optimizer"))
+    scheduler.load_state_dict(state.pop("scheduler"))
     return state
 
 
@@ -584,6 +596,114 @@ def length_grouped_batches(lengths, batch_size, rng):
     return batches
 
 
+# ----------------------------- several processes, `torchrun --nproc_per_node=K`, share every batch (same code in 01, 02 and 04)
+# One process alone passes through these functions as if they were not there.
+
+
+def join_processes(device, cfg):
+    """Join the processes that torchrun has started, each with a GPU of its own, or on the CPU; alone: nothing.
+
+    Every process computes the same numbers and decides the same; the one with rank 0 writes the files and prints.
+    """
+    if cfg.shard and cfg.lora_rank:
+        fail("--shard and --lora_rank do not go together: with adapters there is little to split; leave one out")
+    if not dist.is_torchelastic_launched():
+        if cfg.shard:
+            fail("--shard splits models over several processes; start them with torchrun --nproc_per_node=K")
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the others wait while rank 0 runs the tests
+        atexit.register(dist.destroy_process_group)
+    dist.barrier()  # nobody writes before all have seen that nothing is in the way
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def rank():
+    """The number of this process; 0 is the one that writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def my_micro_batches(rows, size):
+    """This process's part of a minibatch, in micro-batches of at most `size` rows -> [(rows, 1.0)].
+
+    All processes get equally many, since those of a sharded model meet in each forward pass: one too many has 0.0.
+    """
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    size = min(size, math.ceil(len(rows) / processes))
+    parts = [rows[start:start + size] for start in range(0, len(rows), size)]
+    turns = range(rank(), math.ceil(len(parts) / processes) * processes, processes)
+    return [(parts[k % len(parts)], float(k < len(parts))) for k in turns]
+
+
+def add_up(numbers):
+    """The sums of a list of numbers over all processes."""
+    if not dist.is_initialized():
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def clip_gradients(model, max_norm):
+    """Sum the gradients over all processes, then scale them down to `max_norm` -> their norm before."""
+    if dist.is_initialized() and not isinstance(model, FSDPModule):  # a sharded model sums them in its backward pass
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def shard(model, device):
+    """Split weights, gradients and optimiser state over the processes, block by block (FSDP2); bf16 products on a GPU."""
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    blocks = max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)  # a sum, not a mean: the losses are divided by the tokens of all processes
+    return model
+
+
+def whole(state):
+    """A state dict for a file, the parts of sharded tensors put together; all processes take part, rank 0 gets it."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if isinstance(state, DTensor):
+        state = state.full_tensor()
+        return state.cpu() if rank() == 0 else None
+    return state
+
+
+def load_parts(model, optimizer, weights, state):
+    """Load state dicts of a file into a model and its optimiser; of a sharded tensor each process takes its part."""
+    def part(full, like):
+        return distribute_tensor(full, like.device_mesh, like.placements) if isinstance(like, DTensor) and full.dim() else full
+
+    own = model.state_dict()
+    # Not strict: with LoRA the frozen weights are not in the file.
+    model.load_state_dict({name: part(tensor, own[name]) for name, tensor in weights.items()}, strict=False)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state["state"] = {i: {name: part(value, parameters[i]) for name, value in values.items()}
+                      for i, values in state["state"].items()}
+    optimizer.load_state_dict(state)
+
+
+def shared_save(model, tokenizer, directory):
+    """`save_model` by rank 0; the parts of a sharded model come together first."""
+    weights = None
+    if isinstance(model, FSDPModule):
+        first = {name for name, _ in model.named_parameters()}  # of tied weights one, as safetensors wants it
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
+        weights = whole({name: tensor for name, tensor in model.state_dict().items() if name not in tied})
+    if rank() == 0:
+        save_model(model, tokenizer, directory, weights)
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -601,16 +721,18 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
     device = set_up(cfg.threads)
+    join_processes(device, cfg)
+    home = torch.device("cpu") if cfg.shard else device  # a sharded model goes to the GPU block by block
 
     # ---- model and tokenizer
     if cfg.model == "scratch" and cfg.lora_rank:
         fail("--lora_rank adapts a trained model; name one with --model, or leave the flag out to train the tiny one")
     if cfg.model == "scratch":
         tokenizer = build_tokenizer([r["prompt"] + r["solution"] for r in records], cfg.vocab_size)
-        model = build_model(cfg, tokenizer).to(device, learning_dtype(cfg))
+        model = build_model(cfg, tokenizer).to(home, learning_dtype(cfg))
     else:
         tokenizer = load_tokenizer(cfg.model, cfg.plain)  # plain: saved without the template, every later stage goes without
-        model = load_model(AutoModelForCausalLM, cfg.model, device, len(tokenizer), learning_dtype(cfg), cfg.lora_rank > 0)
+        model = load_model(AutoModelForCausalLM, cfg.model, home, len(tokenizer), learning_dtype(cfg), cfg.lora_rank > 0)
         if cfg.lora_rank:
             add_adapters(model, cfg.lora_rank, getattr(torch, cfg.dtype), cfg.seed)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -618,6 +740,8 @@ def main(cfg):
     model.train()  # gradient checkpointing works in this mode only; dropout is 0
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
+    if cfg.shard:
+        shard(model, device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {len(tokenizer)} tokens, {device}")
 
     # ---- examples
@@ -647,10 +771,11 @@ def main(cfg):
         """Mean loss per response token on the held-out examples, nats."""
         total, tokens = 0.0, 0
         with torch.no_grad(), autocast(device):
-            for start in range(0, len(validation), cfg.micro_batch_size):
-                input_ids, labels = collate(validation[start:start + cfg.micro_batch_size], tokenizer.pad_token_id)
-                total += batch_loss(model, input_ids.to(device), labels.to(device), logits_mb).item()
-                tokens += (labels != -100).sum().item()
+            for part, counts in my_micro_batches(validation, cfg.micro_batch_size):
+                input_ids, labels = collate(part, tokenizer.pad_token_id)
+                total += counts * batch_loss(model, input_ids.to(device), labels.to(device), logits_mb).item()
+                tokens += counts * (labels != -100).sum().item()
+        total, tokens = add_up([total, tokens])
         return total / tokens
 
     # ---- start or resume
@@ -660,8 +785,9 @@ def main(cfg):
         done, metrics, losses = progress["step"], progress["metrics"], progress["losses"]
         started -= progress["seconds"]
         print(f"resuming {out} after step {done} of {steps}", flush=True)
-    work.mkdir(parents=True, exist_ok=True)
-    save_config(settings, work)
+    if rank() == 0:
+        work.mkdir(parents=True, exist_ok=True)
+        save_config(settings, work)
 
     # ---- train
     for step in range(1, steps + 1):
@@ -673,15 +799,16 @@ def main(cfg):
         # One token count for the whole optimiser step: the micro-batch size changes nothing.
         tokens = sum(len(response) for _, response in batch)
         step_loss = 0.0
-        for start in range(0, len(batch), cfg.micro_batch_size):
-            input_ids, labels = collate(batch[start:start + cfg.micro_batch_size], tokenizer.pad_token_id)
+        for part, counts in my_micro_batches(batch, cfg.micro_batch_size):
+            input_ids, labels = collate(part, tokenizer.pad_token_id)
             with autocast(device):
-                loss = batch_loss(model, input_ids.to(device), labels.to(device), logits_mb) / tokens
+                loss = counts * batch_loss(model, input_ids.to(device), labels.to(device), logits_mb) / tokens
             loss.backward()
             step_loss += loss.item()
+        step_loss, = add_up([step_loss])
         if not math.isfinite(step_loss):
             fail(f"the loss is {step_loss} at step {step}; lower --lr ({cfg.lr})")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        clip_gradients(model, cfg.max_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
@@ -698,10 +825,11 @@ def main(cfg):
 
     # ---- save
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, tokenizer, out)
-    write_jsonl(out / "metrics.jsonl", metrics)
-    save_config(settings, out)
-    shutil.rmtree(work)
+    shared_save(model, tokenizer, out)
+    if rank() == 0:
+        write_jsonl(out / "metrics.jsonl", metrics)
+        save_config(settings, out)
+        shutil.rmtree(work)
     print(f"saved {out}; stage 01_sft took {cost(started)}")
 
 

@@ -25,8 +25,10 @@ is the default because it serves the tiny set better (README, section on the rew
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import inspect
 import json
@@ -45,8 +47,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Cache,
                           DynamicLayer, get_cosine_schedule_with_warmup)
 from transformers.pytorch_utils import Conv1D
@@ -54,9 +59,9 @@ from transformers.pytorch_utils import Conv1D
 import sandbox
 
 PROBLEM_FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "entry_point": (str, type(None)), "tests": list}
-# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or the end of a run alone.
-RESUME_MAY_CHANGE = {"resume", "micro_batch_size", "score_batch_size", "generate_batch_size", "gradient_checkpointing", "workers",
-                     "threads", "max_kl"}
+# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or where to stop.
+RESUME_MAY_CHANGE = {"resume", "micro_batch_size", "score_batch_size", "generate_batch_size", "gradient_checkpointing",
+                     "shard", "workers", "threads", "max_kl"}
 
 @dataclass
 class Config:
@@ -86,6 +91,7 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     dtype: typing.Literal["float32", "bfloat16"] = "float32"  # weights that learn; a GPU multiplies in bf16 either way
     lora_rank: int = 0  # learn adapters of this rank (peft), merged when saved; 0: learn all weights
+    shard: bool = False  # under torchrun: split weights and optimiser state over the processes (FSDP2), not the batch alone
     threads: int = 0  # PyTorch CPU threads, 0 = PyTorch's choice
     seed: int = 0  # random seed: sampling, held-out prompts, pairs, order
 
@@ -292,7 +298,8 @@ def memory_advice(cfg):
         frames = traceback.extract_tb(error.__traceback__)
         places = {frame.name for frame in frames}
         if "load_model" in places or any("/torch/optim/" in frame.filename for frame in frames):
-            fail("out of memory: weights and optimiser do not fit; take a smaller model, or a larger card")
+            fail("out of memory: the weights, or the optimiser's state, do not fit; take a smaller model, or "
+                 + ("--lora_rank 16" if getattr(cfg, "lora_rank", None) == 0 else "a larger card"))
         if "generate" in places:
             flag = "generate_batch_size"
         elif places & {"score_responses", "forward_rows"}:
@@ -446,11 +453,14 @@ def merged_weights(model):
     return weights
 
 
-def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete."""
+def save_model(model, tokenizer, directory, weights=None):
+    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete.
+
+    weights: a state dict to save in place of the model's own.
+    """
     temporary = Path(f"{directory}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=merged_weights(model))
+    model.save_pretrained(temporary, state_dict=weights or merged_weights(model))
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
         shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
@@ -489,16 +499,18 @@ def resumable(cfg, work):
 def save_state(path, model, optimizer, scheduler, **progress):
     """Save what --resume needs, whole or not at all. The order of the batches follows from the seed, and dropout is 0: no
     state of a random generator is needed."""
-    torch.save({"model": trained_weights(model), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-                **progress}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    state = {"model": whole(trained_weights(model)), "optimizer": whole(optimizer.state_dict()),
+             "scheduler": scheduler.state_dict(), **progress}
+    if rank() == 0:
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
 
 
 def load_state(path, model, optimizer, scheduler):
     """Put back what `save_state` has saved -> its progress."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
-        part.load_state_dict(state.pop(name), **({"strict": False} if part is model else {}))  # with LoRA not all is saved
+    load_parts(model, optimizer, state.pop("model"), state.pop("optimizer"))
+    scheduler.load_state_dict(state.pop("scheduler"))
     return state
 
 
@@ -563,7 +575,8 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
 
     Args:
         prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
-        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
+        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device, or
+            the uniform numbers to use, one for each prompt, response and token.
         look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
             1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
@@ -599,7 +612,10 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         for t in range(max_new_tokens):
             if temperature > 0:  # a uniform number falls into a token's share of the cumulative distribution
                 cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
-                uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                if isinstance(generator, torch.Generator):
+                    uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                else:
+                    uniform = generator[batch, :, t].flatten()[active, None] * cumulative[:, -1:]
                 chosen = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
             else:
                 chosen = logits.argmax(-1)
@@ -685,6 +701,165 @@ def score_responses(reward_model, sequences, pad_id, batch_size):
     return scores
 
 
+# ----------------------------- several processes, `torchrun --nproc_per_node=K`, share every batch (same code in 01, 02 and 04)
+# One process alone passes through these functions as if they were not there.
+
+
+def join_processes(device, cfg):
+    """Join the processes that torchrun has started, each with a GPU of its own, or on the CPU; alone: nothing.
+
+    Every process computes the same numbers and decides the same; the one with rank 0 writes the files and prints.
+    """
+    if cfg.shard and cfg.lora_rank:
+        fail("--shard and --lora_rank do not go together: with adapters there is little to split; leave one out")
+    if not dist.is_torchelastic_launched():
+        if cfg.shard:
+            fail("--shard splits models over several processes; start them with torchrun --nproc_per_node=K")
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the others wait while rank 0 runs the tests
+        atexit.register(dist.destroy_process_group)
+    dist.barrier()  # nobody writes before all have seen that nothing is in the way
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def rank():
+    """The number of this process; 0 is the one that writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def my_micro_batches(rows, size):
+    """This process's part of a minibatch, in micro-batches of at most `size` rows -> [(rows, 1.0)].
+
+    All processes get equally many, since those of a sharded model meet in each forward pass: one too many has 0.0.
+    """
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    size = min(size, math.ceil(len(rows) / processes))
+    parts = [rows[start:start + size] for start in range(0, len(rows), size)]
+    turns = range(rank(), math.ceil(len(parts) / processes) * processes, processes)
+    return [(parts[k % len(parts)], float(k < len(parts))) for k in turns]
+
+
+def add_up(numbers):
+    """The sums of a list of numbers over all processes."""
+    if not dist.is_initialized():
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def clip_gradients(model, max_norm):
+    """Sum the gradients over all processes, then scale them down to `max_norm` -> their norm before."""
+    if dist.is_initialized() and not isinstance(model, FSDPModule):  # a sharded model sums them in its backward pass
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def on_rank_0(function, *arguments):
+    """Call a function in one process only and give its result to all."""
+    result = [function(*arguments) if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def shared_rows(function, rows):
+    """function(rows) -> (len(rows), ...) on the CPU; each process computes a part -> all of it, in every process.
+
+    All processes take equally many rows, some of them twice: those of a sharded model meet in each forward pass.
+    """
+    if not dist.is_initialized():
+        return function(rows)
+    processes = dist.get_world_size()
+    count = math.ceil(len(rows) / processes)
+    part = function(rows[torch.arange(rank(), count * processes, processes) % len(rows)]).contiguous()
+    parts = [torch.empty_like(part) for _ in range(processes)]
+    dist.all_gather(parts, part)
+    return torch.stack(parts, 1).flatten(0, 1)[:len(rows)]
+
+
+@torch.no_grad()
+def shared_generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size):
+    """`generate`, each process for a part of the prompts -> the responses to all, in every process.
+
+    Under torchrun every response has random numbers of its own, drawn beforehand: it is the same for any number of
+    processes. (One process alone draws them as it goes, as ever.)
+    """
+    if not dist.is_initialized():
+        return generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size)
+    uniform = torch.rand(len(prompts), responses_per_prompt, max_new_tokens, generator=generator, device=model.device)
+
+    def tokens(rows):
+        groups = generate(model, tokenizer, [prompts[i] for i in rows], responses_per_prompt, max_new_tokens, temperature,
+                          uniform[rows], batch_size)
+        return torch.tensor([[ids + [-1] * (max_new_tokens - len(ids)) for ids in group] for group in groups])
+
+    # A sharded model would gather its weights for each token anew; it does so once, and holds them while it generates.
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    groups = shared_rows(tokens, torch.arange(len(prompts))).tolist()
+    for module in sharded:
+        module.reshard()
+        module.set_reshard_after_forward(module is not model, recurse=False)
+    return [[[token for token in ids if token >= 0] for ids in group] for group in groups]
+
+
+def shard(model, device):
+    """Split weights, gradients and optimiser state over the processes, block by block (FSDP2); bf16 products on a GPU."""
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    blocks = max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)  # a sum, not a mean: the losses are divided by the tokens of all processes
+    return model
+
+
+def whole(state):
+    """A state dict for a file, the parts of sharded tensors put together; all processes take part, rank 0 gets it."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if isinstance(state, DTensor):
+        state = state.full_tensor()
+        return state.cpu() if rank() == 0 else None
+    return state
+
+
+def load_parts(model, optimizer, weights, state):
+    """Load state dicts of a file into a model and its optimiser; of a sharded tensor each process takes its part."""
+    def part(full, like):
+        return distribute_tensor(full, like.device_mesh, like.placements) if isinstance(like, DTensor) and full.dim() else full
+
+    own = model.state_dict()
+    # Not strict: with LoRA the frozen weights are not in the file.
+    model.load_state_dict({name: part(tensor, own[name]) for name, tensor in weights.items()}, strict=False)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state["state"] = {i: {name: part(value, parameters[i]) for name, value in values.items()}
+                      for i, values in state["state"].items()}
+    optimizer.load_state_dict(state)
+
+
+def shared_save(model, tokenizer, directory):
+    """`save_model` by rank 0; the parts of a sharded model come together first."""
+    weights = None
+    if isinstance(model, FSDPModule):
+        first = {name for name, _ in model.named_parameters()}  # of tied weights one, as safetensors wants it
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
+        weights = whole({name: tensor for name, tensor in model.state_dict().items() if name not in tied})
+    if rank() == 0:
+        save_model(model, tokenizer, directory, weights)
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -703,6 +878,8 @@ def main(cfg):
         fail(f"--responses_per_prompt {n} gives no pairs; take at least 2")
     rng = random.Random(cfg.seed)
     device = set_up(cfg.threads)
+    join_processes(device, cfg)
+    home = torch.device("cpu") if cfg.shard else device  # a sharded model goes to the GPU block by block
     tokenizer = load_tokenizer(cfg.policy)
     prompt_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
 
@@ -711,16 +888,19 @@ def main(cfg):
         records = read_jsonl(work / "samples.jsonl", {"response_ids": list})
         print(f"resuming {out} with the {len(records)} responses in {work}", flush=True)
     else:
-        policy = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer)).eval()
+        policy = load_model(AutoModelForCausalLM, cfg.policy, home, len(tokenizer)).eval()
         check_lengths(problems, prompt_ids, cfg.max_new_tokens, policy.config)
+        if cfg.shard:
+            shard(policy, device)
         generator = torch.Generator(device).manual_seed(cfg.seed)
         with autocast(device):
-            groups = generate(policy, tokenizer, prompt_ids, n, cfg.max_new_tokens, cfg.temperature, generator,
-                              cfg.generate_batch_size)
+            groups = shared_generate(policy, tokenizer, prompt_ids, n, cfg.max_new_tokens, cfg.temperature, generator,
+                                     cfg.generate_batch_size)
         del policy
         print(f"{len(problems) * n} responses, {time.time() - started:.0f} s", flush=True)
         flat = [(problem, ids, decode_response(tokenizer, ids)) for problem, group in zip(problems, groups) for ids in group]
-        results = run_tests([problem for problem, _, _ in flat], [text for _, _, text in flat], cfg.workers, cfg.timeout)
+        results = on_rank_0(run_tests, [problem for problem, _, _ in flat], [text for _, _, text in flat], cfg.workers,
+                            cfg.timeout)
         records = [{"task_id": problem["task_id"], "prompt": problem["prompt"], "response": text, "rm_score": None,
                     "actual_score": float(result.passed), "passed_tests": result.passed_tests,
                     "total_tests": result.total_tests, "status": result.status,
@@ -741,7 +921,7 @@ def main(cfg):
     if not mixed - heldout or not mixed & heldout:
         fail(f"{cfg.data} gives {len(mixed - heldout)} training and {len(mixed & heldout)} held-out prompts with both a passing "
              "and a failing response; give more problems, or a policy that solves some of them")
-    if not resuming:
+    if not resuming and rank() == 0:
         work.mkdir(parents=True, exist_ok=True)
         write_jsonl(work / "samples.jsonl", records)
         save_config(settings, work)  # as in the output: written last, it marks the samples as complete
@@ -768,7 +948,7 @@ def main(cfg):
 
     # ---- train; the RM starts as the SFT model with a new scalar head
     torch.manual_seed(cfg.seed)  # the head's first weights
-    reward_model = load_model(AutoModelForSequenceClassification, cfg.policy, device, len(tokenizer), learning_dtype(cfg),
+    reward_model = load_model(AutoModelForSequenceClassification, cfg.policy, home, len(tokenizer), learning_dtype(cfg),
                               frozen=cfg.lora_rank > 0, num_labels=1)
     if cfg.lora_rank:
         add_adapters(reward_model, cfg.lora_rank, getattr(torch, cfg.dtype), cfg.seed)
@@ -777,46 +957,52 @@ def main(cfg):
     reward_model.train()  # gradient checkpointing works in this mode only; dropout is 0
     if cfg.gradient_checkpointing:
         reward_model.activation_checkpointing_enable()
+    if cfg.shard:
+        shard(reward_model, device)
     optimizer = torch.optim.AdamW([p for p in reward_model.parameters() if p.requires_grad], lr=cfg.lr,
                                   weight_decay=cfg.weight_decay, betas=(0.9, 0.95), fused=device.type == "cuda" or None)
     lengths = [len(prompt_ids[p]) + max(len(response_ids[p][i]), len(response_ids[p][j])) for p, i, j, _ in train]
     batches = [b for _ in range(cfg.epochs) for b in length_grouped_batches(lengths, cfg.batch_size, rng)]
     scheduler = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * len(batches)), len(batches))
-    done, losses, hits = 0, [], []
+    done, losses, hits, seen = 0, [], 0, 0
     if resuming and (work / "state.pt").is_file():
         progress = load_state(work / "state.pt", reward_model, optimizer, scheduler)
-        done, losses, hits = progress["step"], progress["losses"], progress["hits"]
+        done, losses, hits, seen = (progress[name] for name in ("step", "losses", "hits", "seen"))
         started -= progress["seconds"]
         print(f"resuming after step {done} of {len(batches)}", flush=True)
     for step, batch in enumerate(batches[done:], done + 1):
-        for start in range(0, len(batch), cfg.micro_batch_size):
-            mb = [train[k] for k in batch[start:start + cfg.micro_batch_size]]
+        step_loss, step_hits = 0.0, 0
+        for part, counts in my_micro_batches(batch, cfg.micro_batch_size):
+            mb = [train[k] for k in part]
             sequences = [prompt_ids[p] + response_ids[p][i] for p, i, _, _ in mb]
             sequences += [prompt_ids[p] + response_ids[p][j] for p, _, j, _ in mb]
             with autocast(device):
                 scores = reward_model(input_ids=pad_right(sequences, tokenizer.pad_token_id).to(device)).logits[:, 0]
             chosen, rejected = scores.float().chunk(2)  # (B,) each
-            loss = pairwise_loss(chosen, rejected)
-            (loss * len(mb) / len(batch)).backward()
-            losses.append(loss.item())
-            hits += (chosen > rejected).tolist()
-        if not math.isfinite(losses[-1]):
-            fail(f"the loss is {losses[-1]} at step {step}; lower --lr ({cfg.lr})")
-        torch.nn.utils.clip_grad_norm_(reward_model.parameters(), cfg.max_grad_norm)
+            loss = counts * pairwise_loss(chosen, rejected) * len(mb) / len(batch)
+            loss.backward()
+            step_loss += loss.item()
+            step_hits += counts * (chosen > rejected).sum().item()
+        step_loss, step_hits = add_up([step_loss, step_hits])
+        if not math.isfinite(step_loss):
+            fail(f"the loss is {step_loss} at step {step}; lower --lr ({cfg.lr})")
+        losses, hits, seen = losses + [step_loss], hits + step_hits, seen + len(batch)
+        clip_gradients(reward_model, cfg.max_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0 or step == len(batches):
             print(f"step {step}/{len(batches)}  loss {sum(losses) / len(losses):.3f}  "
-                  f"training accuracy {sum(hits) / len(hits):.3f}  {time.time() - started:.0f} s", flush=True)
-            losses, hits = [], []
+                  f"training accuracy {hits / seen:.3f}  {time.time() - started:.0f} s", flush=True)
+            losses, hits, seen = [], 0, 0
         if cfg.save_every and step % cfg.save_every == 0:
             save_state(work / "state.pt", reward_model, optimizer, scheduler, step=step, losses=losses, hits=hits,
-                       seconds=time.time() - started)
+                       seen=seen, seconds=time.time() - started)
 
     # ---- score every response once more: statistics for reward normalisation, accuracy on held-out prompts
     sequences = [prompt_ids[p] + ids for p in range(len(problems)) for ids in response_ids[p]]
-    scores = score_responses(reward_model, sequences, tokenizer.pad_token_id, cfg.score_batch_size)
+    scores = shared_rows(lambda rows: score_responses(reward_model, [sequences[k] for k in rows], tokenizer.pad_token_id,
+                                                      cfg.score_batch_size), torch.arange(len(sequences)))
     scores = scores.view(len(problems), n)
     # Over held-out prompts only: on training prompts the rewards are stretched by what was memorised.
     heldout_scores = scores[sorted(heldout)]
@@ -847,12 +1033,13 @@ def main(cfg):
         record["rm_score"] = score
         del record["response_ids"]
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_model(reward_model, tokenizer, out)
-    write_jsonl(out / "samples.jsonl", records)
-    write_jsonl(out / "pairs.jsonl", pairs)
-    (out / "accuracy.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    save_config(settings, out)
-    shutil.rmtree(work)
+    shared_save(reward_model, tokenizer, out)
+    if rank() == 0:
+        write_jsonl(out / "samples.jsonl", records)
+        write_jsonl(out / "pairs.jsonl", pairs)
+        (out / "accuracy.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        save_config(settings, out)
+        shutil.rmtree(work)
     print(f"saved {out}; stage 02_reward_model took {cost(started)}")
 
 

@@ -29,9 +29,11 @@ this small model's programs get worse while the reward rises: README), and rewar
 """
 
 import argparse
+import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import inspect
 import itertools
 import json
@@ -50,8 +52,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, Cache, DynamicLayer)
 from transformers.pytorch_utils import Conv1D
@@ -59,9 +64,9 @@ from transformers.pytorch_utils import Conv1D
 import sandbox
 
 PROBLEM_FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "entry_point": (str, type(None)), "tests": list}
-# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or the end of a run alone.
-RESUME_MAY_CHANGE = {"resume", "micro_batch_size", "score_batch_size", "generate_batch_size", "gradient_checkpointing", "workers",
-                     "threads", "max_kl"}
+# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or where to stop.
+RESUME_MAY_CHANGE = {"resume", "micro_batch_size", "score_batch_size", "generate_batch_size", "gradient_checkpointing",
+                     "shard", "workers", "threads", "max_kl"}
 
 STRATEGIES = ("none", "random2", "bon", "br", "bw", "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3")
 
@@ -104,7 +109,7 @@ class Config:
     kl_control: typing.Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef follows kl_target
     kl_target: float = 1.0  # adaptive: the KL from the reference to aim at, nats per response
     kl_horizon: int = 1000  # adaptive: responses over which kl_coef may change by a factor of about e
-    max_kl: float = 100.0  # a KL above, nats per response, stops the run: the policy has fallen apart; not given in the paper
+    max_kl: float = 100.0  # nats per response; more stops the run. Over-optimised tiny runs reach 12, broken ones 600 and more
     whiten_before_filter: bool = False  # the wrong order, for comparison: with bon all advantages come out positive
     critic_rows: typing.Literal["kept", "all"] = "kept"  # what the critic trains on; paper: the kept responses
     eval_every: int = 5  # iterations between two validations (greedy pass@1); the last iteration always has one
@@ -121,6 +126,7 @@ class Config:
     plan: bool = False  # print what these flags need in memory, from the models' configs alone, and stop
     card_gb: float = 0.0  # --plan: memory of the GPU to plan for, GB; 0: the one that is there, or this machine without
     prompt_tokens: int = 512  # --plan: tokens of the longest prompt; authors' scripts: 1024
+    shard: bool = False  # under torchrun: split weights and optimiser state over the processes (FSDP2), not the batch alone
     threads: int = 0  # PyTorch CPU threads, 0 = PyTorch's choice
     seed: int = 0  # random seed: order of the prompts, sampling, filter, minibatches
 
@@ -355,7 +361,8 @@ def memory_advice(cfg):
         frames = traceback.extract_tb(error.__traceback__)
         places = {frame.name for frame in frames}
         if "load_model" in places or any("/torch/optim/" in frame.filename for frame in frames):
-            fail("out of memory: weights and optimiser do not fit; take a smaller model, or a larger card")
+            fail("out of memory: the weights, or the optimiser's state, do not fit; take a smaller model, or "
+                 + ("--lora_rank 16" if getattr(cfg, "lora_rank", None) == 0 else "a larger card"))
         if "generate" in places:
             flag = "generate_batch_size"
         elif places & {"score_responses", "forward_rows"}:
@@ -509,11 +516,14 @@ def merged_weights(model):
     return weights
 
 
-def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete."""
+def save_model(model, tokenizer, directory, weights=None):
+    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete.
+
+    weights: a state dict to save in place of the model's own.
+    """
     temporary = Path(f"{directory}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=merged_weights(model))
+    model.save_pretrained(temporary, state_dict=weights or merged_weights(model))
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
         shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
@@ -580,7 +590,8 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
 
     Args:
         prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
-        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
+        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device, or
+            the uniform numbers to use, one for each prompt, response and token.
         look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
             1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
@@ -616,7 +627,10 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         for t in range(max_new_tokens):
             if temperature > 0:  # a uniform number falls into a token's share of the cumulative distribution
                 cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
-                uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                if isinstance(generator, torch.Generator):
+                    uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                else:
+                    uniform = generator[batch, :, t].flatten()[active, None] * cumulative[:, -1:]
                 chosen = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
             else:
                 chosen = logits.argmax(-1)
@@ -1001,24 +1015,25 @@ def train_epoch(model, optimizer, loss_function, batch, rows, cfg, generator, de
     share of the minibatch's tokens, so that the micro-batch size changes nothing but the memory.
     """
     lengths = batch["response_mask"].sum(1)
-    totals, seen = {}, 0
+    totals, norms, seen = {}, 0.0, 0
     for minibatch in rows[torch.randperm(len(rows), generator=generator)].split(cfg.minibatch_size):
         minibatch = minibatch[lengths[minibatch].argsort()]  # micro-batches of similar length
         tokens = int(lengths[minibatch].sum())
-        for micro_batch in minibatch.split(cfg.micro_batch_size):
+        for micro_batch, counts in my_micro_batches(minibatch, cfg.micro_batch_size):
             mb = take_rows(batch, micro_batch, device)
             loss, statistics = loss_function(mb)
-            share = int(lengths[micro_batch].sum()) / tokens
+            share = counts * int(lengths[micro_batch].sum()) / tokens
             (loss * share).backward()
             for name, value in {**statistics, "loss": loss.item()}.items():
                 totals[name] = totals.get(name, 0.0) + value * share * tokens
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
+        norm = clip_gradients(model, cfg.max_grad_norm)
         if not math.isfinite(norm):
             raise FloatingPointError("a loss or gradient is not a finite number")
-        totals["grad_norm"] = totals.get("grad_norm", 0.0) + norm * tokens
+        norms += norm * tokens
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += tokens
+    totals = {**dict(zip(totals, add_up(list(totals.values())))), "grad_norm": norms}
     return {name: total / seen for name, total in totals.items()}
 
 
@@ -1217,6 +1232,165 @@ def print_plan(cfg):
     print(f"largest: {phase}, {peak / 2**30:.1f} GB; of {memory / 2**30:.1f} GB there {room / 2**30:.1f} can be used: {verdict}")
 
 
+# ----------------------------- several processes, `torchrun --nproc_per_node=K`, share every batch (same code in 01, 02 and 04)
+# One process alone passes through these functions as if they were not there.
+
+
+def join_processes(device, cfg):
+    """Join the processes that torchrun has started, each with a GPU of its own, or on the CPU; alone: nothing.
+
+    Every process computes the same numbers and decides the same; the one with rank 0 writes the files and prints.
+    """
+    if cfg.shard and cfg.lora_rank:
+        fail("--shard and --lora_rank do not go together: with adapters there is little to split; leave one out")
+    if not dist.is_torchelastic_launched():
+        if cfg.shard:
+            fail("--shard splits models over several processes; start them with torchrun --nproc_per_node=K")
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the others wait while rank 0 runs the tests
+        atexit.register(dist.destroy_process_group)
+    dist.barrier()  # nobody writes before all have seen that nothing is in the way
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def rank():
+    """The number of this process; 0 is the one that writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def my_micro_batches(rows, size):
+    """This process's part of a minibatch, in micro-batches of at most `size` rows -> [(rows, 1.0)].
+
+    All processes get equally many, since those of a sharded model meet in each forward pass: one too many has 0.0.
+    """
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    size = min(size, math.ceil(len(rows) / processes))
+    parts = [rows[start:start + size] for start in range(0, len(rows), size)]
+    turns = range(rank(), math.ceil(len(parts) / processes) * processes, processes)
+    return [(parts[k % len(parts)], float(k < len(parts))) for k in turns]
+
+
+def add_up(numbers):
+    """The sums of a list of numbers over all processes."""
+    if not dist.is_initialized():
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def clip_gradients(model, max_norm):
+    """Sum the gradients over all processes, then scale them down to `max_norm` -> their norm before."""
+    if dist.is_initialized() and not isinstance(model, FSDPModule):  # a sharded model sums them in its backward pass
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def on_rank_0(function, *arguments):
+    """Call a function in one process only and give its result to all."""
+    result = [function(*arguments) if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def shared_rows(function, rows):
+    """function(rows) -> (len(rows), ...) on the CPU; each process computes a part -> all of it, in every process.
+
+    All processes take equally many rows, some of them twice: those of a sharded model meet in each forward pass.
+    """
+    if not dist.is_initialized():
+        return function(rows)
+    processes = dist.get_world_size()
+    count = math.ceil(len(rows) / processes)
+    part = function(rows[torch.arange(rank(), count * processes, processes) % len(rows)]).contiguous()
+    parts = [torch.empty_like(part) for _ in range(processes)]
+    dist.all_gather(parts, part)
+    return torch.stack(parts, 1).flatten(0, 1)[:len(rows)]
+
+
+@torch.no_grad()
+def shared_generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size):
+    """`generate`, each process for a part of the prompts -> the responses to all, in every process.
+
+    Under torchrun every response has random numbers of its own, drawn beforehand: it is the same for any number of
+    processes. (One process alone draws them as it goes, as ever.)
+    """
+    if not dist.is_initialized():
+        return generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size)
+    uniform = torch.rand(len(prompts), responses_per_prompt, max_new_tokens, generator=generator, device=model.device)
+
+    def tokens(rows):
+        groups = generate(model, tokenizer, [prompts[i] for i in rows], responses_per_prompt, max_new_tokens, temperature,
+                          uniform[rows], batch_size)
+        return torch.tensor([[ids + [-1] * (max_new_tokens - len(ids)) for ids in group] for group in groups])
+
+    # A sharded model would gather its weights for each token anew; it does so once, and holds them while it generates.
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    groups = shared_rows(tokens, torch.arange(len(prompts))).tolist()
+    for module in sharded:
+        module.reshard()
+        module.set_reshard_after_forward(module is not model, recurse=False)
+    return [[[token for token in ids if token >= 0] for ids in group] for group in groups]
+
+
+def shard(model, device):
+    """Split weights, gradients and optimiser state over the processes, block by block (FSDP2); bf16 products on a GPU."""
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    blocks = max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)  # a sum, not a mean: the losses are divided by the tokens of all processes
+    return model
+
+
+def whole(state):
+    """A state dict for a file, the parts of sharded tensors put together; all processes take part, rank 0 gets it."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if isinstance(state, DTensor):
+        state = state.full_tensor()
+        return state.cpu() if rank() == 0 else None
+    return state
+
+
+def load_parts(model, optimizer, weights, state):
+    """Load state dicts of a file into a model and its optimiser; of a sharded tensor each process takes its part."""
+    def part(full, like):
+        return distribute_tensor(full, like.device_mesh, like.placements) if isinstance(like, DTensor) and full.dim() else full
+
+    own = model.state_dict()
+    # Not strict: with LoRA the frozen weights are not in the file.
+    model.load_state_dict({name: part(tensor, own[name]) for name, tensor in weights.items()}, strict=False)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state["state"] = {i: {name: part(value, parameters[i]) for name, value in values.items()}
+                      for i, values in state["state"].items()}
+    optimizer.load_state_dict(state)
+
+
+def shared_save(model, tokenizer, directory):
+    """`save_model` by rank 0; the parts of a sharded model come together first."""
+    weights = None
+    if isinstance(model, FSDPModule):
+        first = {name for name, _ in model.named_parameters()}  # of tied weights one, as safetensors wants it
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
+        weights = whole({name: tensor for name, tensor in model.state_dict().items() if name not in tied})
+    if rank() == 0:
+        save_model(model, tokenizer, directory, weights)
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -1244,24 +1418,29 @@ def main(cfg):
             return
     problems, validation = read_jsonl(cfg.data, PROBLEM_FIELDS), read_jsonl(cfg.validation, PROBLEM_FIELDS)
     device = set_up(cfg.threads)
+    join_processes(device, cfg)
+    home = torch.device("cpu") if cfg.shard else device  # a sharded model goes to the GPU block by block
 
     # ---- four models: policy and critic learn, reference and reward model are frozen; with LoRA, two learn to be four
     tokenizer, dtype = load_tokenizer(cfg.policy), learning_dtype(cfg)
-    policy = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer), dtype, frozen=cfg.lora_rank > 0)
+    policy = load_model(AutoModelForCausalLM, cfg.policy, home, len(tokenizer), dtype, frozen=cfg.lora_rank > 0)
     if cfg.lora_rank:
         policy = reference = add_adapters(policy, cfg.lora_rank, dtype, cfg.seed)
     else:
-        reference = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer), dtype, frozen=True).eval()
+        reference = load_model(AutoModelForCausalLM, cfg.policy, home, len(tokenizer), dtype, frozen=True).eval()
     policy.train()
-    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, device, dtype=dtype, frozen=True).eval()
+    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, home, dtype=dtype, frozen=True).eval()
     if not hasattr(reward_model.config, "reward_mean") or not hasattr(reward_model.config, "reward_std"):
         fail(f"{cfg.reward_model} has no reward_mean and reward_std in its config; train it with 02_reward_model.py")
     models = {"policy": policy}
     if cfg.advantage == "gae":
-        models["critic"] = load_critic(cfg, reward_model, device)
+        models["critic"] = load_critic(cfg, reward_model, home)
     if cfg.gradient_checkpointing:
         for model in models.values():
             model.activation_checkpointing_enable()
+    if cfg.shard:
+        for model in (reference, reward_model, *models.values()):
+            shard(model, device)
     learning_rates = {"policy": cfg.lr, "critic": cfg.critic_lr}
     optimizers = {name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rates[name],
                                           weight_decay=0.0, fused=device.type == "cuda" or None)
@@ -1274,28 +1453,29 @@ def main(cfg):
     def pass_at_1():
         """Share of validation problems solved by the greedy response."""
         with autocast(device):
-            ids = generate(policy, tokenizer, validation_ids, 1, cfg.max_new_tokens, 0.0, None, cfg.generate_batch_size)
+            ids = shared_generate(policy, tokenizer, validation_ids, 1, cfg.max_new_tokens, 0.0, None, cfg.generate_batch_size)
         texts = [decode_response(tokenizer, group[0]) for group in ids]
-        results = run_tests(validation, texts, cfg.workers, cfg.timeout)
+        results = on_rank_0(run_tests, validation, texts, cfg.workers, cfg.timeout)
         return sum(result.passed for result in results) / len(results)
 
     def normalised_scores(prompts, responses):
         """RM rewards, normalised by their mean and standard deviation over responses of the SFT policy -> (B,)."""
         with adapters_off(reward_model):  # with LoRA it shares its blocks with the critic
-            rewards = score_responses(reward_model, [p + r for p, r in zip(prompts, responses)], tokenizer.pad_token_id,
-                                      cfg.score_batch_size)
+            rewards = shared_rows(lambda rows: score_responses(reward_model, [prompts[k] + responses[k] for k in rows],
+                                                               tokenizer.pad_token_id, cfg.score_batch_size),
+                                  torch.arange(len(prompts)))
         return (rewards - reward_model.config.reward_mean) / reward_model.config.reward_std
 
     def best_filter(generator, cpu_generator):
         """The filter with the highest R2 on new responses of the policy to labelled problems -> name, R2 of each."""
         labelled, size = validation[:cfg.r2_prompts], per_prompt
         with autocast(device):
-            groups = generate(policy, tokenizer, validation_ids[:cfg.r2_prompts], size, cfg.max_new_tokens, cfg.temperature,
-                              generator, cfg.generate_batch_size)
+            groups = shared_generate(policy, tokenizer, validation_ids[:cfg.r2_prompts], size, cfg.max_new_tokens,
+                                     cfg.temperature, generator, cfg.generate_batch_size)
         rows = [(problem, prompt, ids) for problem, prompt, group in zip(labelled, validation_ids, groups) for ids in group]
         rm_scores = normalised_scores([prompt for _, prompt, _ in rows], [ids for _, _, ids in rows]).view(-1, size)
-        results = run_tests([row[0] for row in rows], [decode_response(tokenizer, ids) for _, _, ids in rows], cfg.workers,
-                            cfg.timeout)
+        results = on_rank_0(run_tests, [row[0] for row in rows], [decode_response(tokenizer, ids) for _, _, ids in rows],
+                            cfg.workers, cfg.timeout)
         actual = torch.tensor([float(result.passed) for result in results]).view(-1, size)
         key = "r2" if cfg.r2 == "pooled" else "r2_within"
         table = {name: analyse(rm_scores, actual, name, cpu_generator, cfg)[key]
@@ -1307,6 +1487,12 @@ def main(cfg):
 
     def logprobs_of(model, mb):
         return response_logprobs(model, *model_inputs(mb), mb["response_ids"].shape[1], cfg.temperature, logits_mb)
+
+    def forward_shared(function, rows):
+        """`forward_rows` -> (B, T), each process for a part of the rows."""
+        result = torch.zeros(batch["response_mask"].shape)
+        result[rows] = shared_rows(lambda part: forward_rows(function, batch, part, cfg.score_batch_size, device)[part], rows)
+        return result
 
     def values_of(mb):
         return response_values(models["critic"], *model_inputs(mb), mb["response_ids"].shape[1])
@@ -1325,15 +1511,15 @@ def main(cfg):
         if changed:
             fail(f"{out} was started with other settings ({', '.join(changed)}); use the same flags to resume it")
         for name, model in models.items():
-            model.load_state_dict(state["models"][name], strict=not cfg.lora_rank)
-            optimizers[name].load_state_dict(state["optimizers"][name])
+            load_parts(model, optimizers[name], state["models"][name], state["optimizers"][name])
         metrics, kl_coef, best = state["metrics"], state["kl_coef"], state["best"]
         print(f"resuming {out} after iteration {metrics[-1]['iteration']}", flush=True)
     else:
-        (out / "rollouts").mkdir(parents=True, exist_ok=True)
+        if rank() == 0:
+            (out / "rollouts").mkdir(parents=True, exist_ok=True)
         kl_coef, best = cfg.kl_coef, pass_at_1()
         metrics = [{"iteration": 0, "validation_pass_at_1": best}]
-        save_model(policy, tokenizer, out / "best")
+        shared_save(policy, tokenizer, out / "best")
         print(f"before training: validation pass@1 {best:.3f}, {time.time() - started:.0f} s", flush=True)
     background = concurrent.futures.ThreadPoolExecutor(1)
 
@@ -1349,14 +1535,14 @@ def main(cfg):
         # ---- generate: N responses for each of n prompts, rows in order of prompt
         indices = iteration_prompts(len(problems), n, iteration, cfg.seed)
         with autocast(device):
-            groups = generate(policy, tokenizer, [prompt_ids[i] for i in indices], per_prompt, cfg.max_new_tokens,
-                              cfg.temperature, generator, cfg.generate_batch_size)
+            groups = shared_generate(policy, tokenizer, [prompt_ids[i] for i in indices], per_prompt, cfg.max_new_tokens,
+                                     cfg.temperature, generator, cfg.generate_batch_size)
         row_problems = [problems[i] for i in indices for _ in range(per_prompt)]
         row_prompts = [prompt_ids[i] for i in indices for _ in range(per_prompt)]
         responses = [ids for group in groups for ids in group]
         texts = [decode_response(tokenizer, ids) for ids in responses]
         # The tests label rollouts for the log alone, PPO never sees them; they run while the models train.
-        tests = background.submit(run_tests, row_problems, texts, cfg.workers, cfg.timeout)
+        tests = background.submit(run_tests, row_problems, texts, cfg.workers, cfg.timeout) if rank() == 0 else None
         batch = make_batch(row_prompts, responses, tokenizer.pad_token_id)  # n * N rows
         mask = batch["response_mask"]
         clock.append(time.time())
@@ -1379,11 +1565,11 @@ def main(cfg):
         # ---- KL and GAE. Old logprobs come from the training forward pass, not from the sampler: the first ratio is 1.
         measured = every[::per_prompt]  # KL and entropy are logged over one response a prompt: kept ones are a biased sample
         forward = torch.cat([used, measured]).unique()
-        batch["old_logprobs"] = forward_rows(lambda mb: logprobs_of(policy, mb), batch, forward, cfg.score_batch_size, device)
+        batch["old_logprobs"] = forward_shared(lambda mb: logprobs_of(policy, mb), forward)
         with adapters_off(reference):  # with LoRA it is the policy itself
-            ref_logprobs = forward_rows(lambda mb: logprobs_of(reference, mb), batch, forward, cfg.score_batch_size, device)
+            ref_logprobs = forward_shared(lambda mb: logprobs_of(reference, mb), forward)
         if cfg.advantage == "gae":
-            batch["old_values"] = forward_rows(values_of, batch, used, cfg.score_batch_size, device)
+            batch["old_values"] = forward_shared(values_of, used)
             rewards = token_rewards(scores, batch["old_logprobs"], ref_logprobs, mask, kl_coef)
             advantages, batch["returns"] = gae(rewards, batch["old_values"], mask, cfg.gamma, cfg.lam)
         else:  # the score against those of the same prompt, and the KL penalty of this token and of all that follow
@@ -1424,16 +1610,18 @@ def main(cfg):
         clock.append(time.time())
 
         # ---- log
-        results = tests.result()
+        results = on_rank_0(lambda: tests.result())
         clock.append(time.time())
         passed = torch.tensor([float(result.passed) for result in results])
         kept_set = set(kept.tolist())
-        write_jsonl(out / "rollouts" / f"{iteration:04d}.jsonl", [
+        records = [
             {"task_id": row_problems[k]["task_id"], "prompt": row_problems[k]["prompt"], "response": texts[k],
              "rm_score": rm_scores[k].item(), "score": scores[k].item(), "actual_score": passed[k].item(),
              "passed_tests": results[k].passed_tests, "total_tests": results[k].total_tests,
              "status": results[k].status, "truncated": truncated[k].item(), "policy": f"{out}/{iteration:04d}",
-             "kept": k in kept_set} for k in range(len(texts))])
+             "kept": k in kept_set} for k in range(len(texts))]
+        if rank() == 0:
+            write_jsonl(out / "rollouts" / f"{iteration:04d}.jsonl", records)
         if problem:
             fail(f"iteration {iteration}: {problem}; its rollouts are in {out}/rollouts, the best policy before in {out}/best. "
                  "Lower --lr or --critic_lr, or raise --kl_coef")
@@ -1456,7 +1644,7 @@ def main(cfg):
             line["validation_pass_at_1"] = pass_at_1()
             if line["validation_pass_at_1"] > best:
                 best = line["validation_pass_at_1"]
-                save_model(policy, tokenizer, out / "best")
+                shared_save(policy, tokenizer, out / "best")
         clock.append(time.time())
         names = ("generate", "score", "forward", "train", "tests", "validate")
         line.update({f"seconds_{name}": round(b - a, 2) for name, a, b in zip(names, clock, clock[1:])})
@@ -1467,18 +1655,20 @@ def main(cfg):
               + f"{time.time() - started:.0f} s", flush=True)
 
         # ---- save: state.pt is replaced last, so that a kill at any moment repeats this iteration and no more
-        write_jsonl(out / "metrics.jsonl", metrics)
         if cfg.save_every and iteration % cfg.save_every == 0:
-            save_model(policy, tokenizer, out / f"iteration_{iteration}")
-        torch.save({"config": dataclasses.asdict(settings), "metrics": metrics, "kl_coef": kl_coef, "best": best,
-                    "models": {name: trained_weights(model) for name, model in models.items()},
-                    "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}},
-                   f"{state_path}.tmp")
-        os.replace(f"{state_path}.tmp", state_path)
+            shared_save(policy, tokenizer, out / f"iteration_{iteration}")
+        state = {"config": dataclasses.asdict(settings), "metrics": metrics, "kl_coef": kl_coef, "best": best,
+                 "models": {name: whole(trained_weights(model)) for name, model in models.items()},
+                 "optimizers": {name: whole(optimizer.state_dict()) for name, optimizer in optimizers.items()}}
+        if rank() == 0:
+            write_jsonl(out / "metrics.jsonl", metrics)
+            torch.save(state, f"{state_path}.tmp")
+            os.replace(f"{state_path}.tmp", state_path)
 
-    save_model(policy, tokenizer, out / "last")
-    plot_curves(metrics, out / "curves.png", f"strategy {cfg.strategy}, KL coefficient {cfg.kl_coef}, seed {cfg.seed}")
-    save_config(settings, out)
+    shared_save(policy, tokenizer, out / "last")
+    if rank() == 0:
+        plot_curves(metrics, out / "curves.png", f"strategy {cfg.strategy}, KL coefficient {cfg.kl_coef}, seed {cfg.seed}")
+        save_config(settings, out)
     print(f"saved {out}: best validation pass@1 {best:.3f}; stage 04_pf_ppo ({cfg.strategy}) took {cost(started)}")
 
 

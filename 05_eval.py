@@ -223,7 +223,8 @@ def memory_advice(cfg):
         frames = traceback.extract_tb(error.__traceback__)
         places = {frame.name for frame in frames}
         if "load_model" in places or any("/torch/optim/" in frame.filename for frame in frames):
-            fail("out of memory: weights and optimiser do not fit; take a smaller model, or a larger card")
+            fail("out of memory: the weights, or the optimiser's state, do not fit; take a smaller model, or "
+                 + ("--lora_rank 16" if getattr(cfg, "lora_rank", None) == 0 else "a larger card"))
         if "generate" in places:
             flag = "generate_batch_size"
         elif places & {"score_responses", "forward_rows"}:
@@ -369,7 +370,8 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
 
     Args:
         prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
-        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
+        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device, or
+            the uniform numbers to use, one for each prompt, response and token.
         look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
             1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
@@ -405,7 +407,10 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         for t in range(max_new_tokens):
             if temperature > 0:  # a uniform number falls into a token's share of the cumulative distribution
                 cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
-                uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                if isinstance(generator, torch.Generator):
+                    uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                else:
+                    uniform = generator[batch, :, t].flatten()[active, None] * cumulative[:, -1:]
                 chosen = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
             else:
                 chosen = logits.argmax(-1)

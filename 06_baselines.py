@@ -426,11 +426,14 @@ def merged_weights(model):
     return weights
 
 
-def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete."""
+def save_model(model, tokenizer, directory, weights=None):
+    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete.
+
+    weights: a state dict to save in place of the model's own.
+    """
     temporary = Path(f"{directory}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=merged_weights(model))
+    model.save_pretrained(temporary, state_dict=weights or merged_weights(model))
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
         shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
@@ -497,7 +500,8 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
 
     Args:
         prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
-        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
+        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device, or
+            the uniform numbers to use, one for each prompt, response and token.
         look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
             1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
@@ -533,7 +537,10 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         for t in range(max_new_tokens):
             if temperature > 0:  # a uniform number falls into a token's share of the cumulative distribution
                 cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
-                uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                if isinstance(generator, torch.Generator):
+                    uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                else:
+                    uniform = generator[batch, :, t].flatten()[active, None] * cumulative[:, -1:]
                 chosen = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
             else:
                 chosen = logits.argmax(-1)

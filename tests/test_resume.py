@@ -24,7 +24,7 @@ SFT_FLAGS = ("--data", "problems.jsonl", "--epochs", 24, "--batch_size", 8, "--h
 RM_FLAGS = ("--data", "problems.jsonl", "--policy", "out/unbroken_sft", "--epochs", 8, "--batch_size", 4, "--save_every", 3,
             "--max_new_tokens", 12, "--workers", 1, "--threads", 1)
 PPO_FLAGS = ("--data", "problems.jsonl", "--validation", "problems.jsonl", "--policy", "out/unbroken_sft", "--reward_model",
-             "out/unbroken_rm", "--iterations", 40, "--prompts_per_iteration", 6, "--minibatch_size", 4, "--critic_warmup", 3,
+             "out/unbroken_rm", "--iterations", 30, "--prompts_per_iteration", 6, "--minibatch_size", 4, "--critic_warmup", 3,
              "--eval_every", 4, "--save_every", 7, "--kl_control", "adaptive", "--kl_horizon", 50, "--kl_target", 0.5, "--lr", 1e-3,
              "--max_new_tokens", 12, "--workers", 1, "--threads", 1)
 SERVER = """
@@ -195,18 +195,18 @@ def test_ppo_killed_ten_times_ends_as_if_unbroken(stages, unbroken_ppo):
     command = ("04_pf_ppo.py", "--out", "out/killed_ppo", *PPO_FLAGS, "--resume")
     metrics = without_seconds(unbroken_ppo / "metrics.jsonl")
     seconds = sum(json.loads(line)["seconds_train"] + json.loads(line)["seconds_generate"]
-                  for line in (unbroken_ppo / "metrics.jsonl").read_text().splitlines()[1:]) / 40
+                  for line in (unbroken_ppo / "metrics.jsonl").read_text().splitlines()[1:]) / 30
     rng = random.Random(2)
     iterations = []
     for number in range(10):
         alive = stages.kill(*command, progress=saved_at(out / "state.pt"), seconds=rng.random() * 3 * seconds)
         assert alive and not (out / "stage_config.json").exists(), f"finished before kill {number}"
         iterations.append(torch.load(out / "state.pt")["metrics"][-1]["iteration"])
-    assert iterations == sorted(set(iterations)) and iterations[-1] < 40
+    assert iterations == sorted(set(iterations)) and iterations[-1] < 30
     assert f"resuming out/killed_ppo after iteration {iterations[-1]}\n" in stages.run(*command)
     assert without_seconds(out / "metrics.jsonl") == metrics
-    assert len({m["kl_coef"] for m in metrics[1:]}) > 30 and len({m["validation_pass_at_1"] for m in metrics[4::4]}) > 1
-    for name in ("best", "last", "iteration_7", "iteration_35"):
+    assert len({m["kl_coef"] for m in metrics[1:]}) > 25 and metrics[-1]["validation_pass_at_1"] > metrics[0]["validation_pass_at_1"]
+    for name in ("best", "last", "iteration_7", "iteration_28"):
         assert (out / name / "model.safetensors").read_bytes() == (unbroken_ppo / name / "model.safetensors").read_bytes(), name
     assert (unbroken_ppo / "best/model.safetensors").read_bytes() != (unbroken_ppo / "last/model.safetensors").read_bytes()
     assert same_state(out / "state.pt", unbroken_ppo / "state.pt")
@@ -244,12 +244,12 @@ def test_a_policy_that_falls_apart_stops_with_its_rollouts_saved(stages):
 
 @pytest.fixture(scope="module")
 def wide(stages):
-    """A model whose activations are large and whose weights are not, and its reward model: 130 kB a token and layer."""
+    """A model whose activations are large and whose weights are not, and its reward model: 64 kB a token for each of several copies."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(stages.folder / "out/unbroken_sft")
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                         intermediate_size=32768, max_position_embeddings=512, bos_token_id=None,
+                         intermediate_size=16384, max_position_embeddings=512, bos_token_id=None,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     LlamaForCausalLM(config).save_pretrained(stages.folder / "wide")
     config.num_labels, config.reward_mean, config.reward_std = 1, 0.0, 1.0
@@ -275,16 +275,16 @@ OUT_OF_MEMORY = {  # what is too large -> what the line says
 
 @pytest.mark.parametrize("case", OUT_OF_MEMORY)
 def test_out_of_memory_names_the_flag_to_lower(wide, case):
-    """A real failure to allocate, 700 MB above what the process holds when it starts."""
+    """A real failure to allocate, 450 MB above what the process holds when it starts."""
     script, flags, words = OUT_OF_MEMORY[case]
     common = {"04_pf_ppo.py": ("--policy", "wide", "--reward_model", "wide_rm", "--data", "long.jsonl", "--validation", "long.jsonl",
-                               "--prompts_per_iteration", 24, "--iterations", 1, "--critic_warmup", 0, "--max_new_tokens", 4),
+                               "--prompts_per_iteration", 12, "--iterations", 1, "--critic_warmup", 0, "--max_new_tokens", 4),
               "01_sft.py": ("--model", "./wide", "--data", "long.jsonl", "--batch_size", 16, "--epochs", 1),
               "02_reward_model.py": ("--policy", "wide", "--data", "long.jsonl", "--max_new_tokens", 4),
               "05_eval.py": ("--policies", "wide", "--problems", "long.jsonl", "--samples", 0, "--max_new_tokens", 4)}[script]
     workers = () if script == "01_sft.py" else ("--workers", 1)
     printed = wide.run(script, *common, *workers, "--threads", 1, "--out", f"out/{case}", *flags, status=2 if words else 0,
-                       memory=700 * 2**20)
+                       memory=450 * 2**20)
     if words:
         assert printed.splitlines()[-1] == f"{script}: error: out of memory: {words}" and "Traceback" not in printed
 
@@ -293,7 +293,7 @@ def test_a_resumed_run_may_need_less_memory_but_not_learn_differently(stages, un
     command = ("04_pf_ppo.py", "--out", "out/smaller_ppo", *PPO_FLAGS, "--resume")
     stages.kill(*command, progress=saved_at(stages.folder / "out/smaller_ppo/state.pt"), seconds=0.0)
     assert "(lr)" in stages.run(*command, "--lr", 1e-4, status=2)
-    stages.run(*command, "--micro_batch_size", 1, "--score_batch_size", 7, "--gradient_checkpointing")
+    stages.run(*command, "--micro_batch_size", 3, "--score_batch_size", 9, "--gradient_checkpointing")
     ours, theirs = (without_seconds(stages.folder / f"out/{name}/metrics.jsonl") for name in ("smaller_ppo", "unbroken_ppo"))
     assert [m["iteration"] for m in ours] == [m["iteration"] for m in theirs]
     assert ours[5]["critic_loss"] == pytest.approx(theirs[5]["critic_loss"], rel=1e-3)
