@@ -10,6 +10,7 @@ Writes  out/sft/                an ordinary Hugging Face folder (model and token
 
 Run     python 01_sft.py                                        the tiny model, from scratch
         python 01_sft.py --model Qwen/Qwen2.5-Coder-0.5B --data data/magicoder/sft.jsonl --lr 1e-5 --epochs 5
+        torchrun --nproc_per_node=2 01_sft.py ...               the same work shared by two GPUs (--shard: models split, too)
 
 Simplified against the paper (section 4, full-parameter training of deepseek-coder-6.7b on 130k examples, 5 epochs,
 lr 1e-5): the tiny setting builds a model of 0.9 million parameters and trains it on 6,000 small programs, many of
@@ -17,7 +18,6 @@ which are wrong on purpose, so that there is something left for the later stages
 """
 
 import argparse
-import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -47,7 +47,8 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Llama
                           PreTrainedTokenizerFast, get_cosine_schedule_with_warmup)
 from transformers.pytorch_utils import Conv1D
 
-# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or where to stop.
+# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or where to stop (and
+# generate_batch_size on the order of random numbers).
 RESUME_MAY_CHANGE = {"resume", "micro_batch_size", "score_batch_size", "generate_batch_size", "gradient_checkpointing",
                      "shard", "workers", "threads", "max_kl"}
 
@@ -615,7 +616,6 @@ def join_processes(device, cfg):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the others wait while rank 0 runs the tests
-        atexit.register(dist.destroy_process_group)
     dist.barrier()  # nobody writes before all have seen that nothing is in the way
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")

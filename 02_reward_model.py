@@ -25,7 +25,6 @@ is the default because it serves the tiny set better (README, section on the rew
 """
 
 import argparse
-import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -59,7 +58,8 @@ from transformers.pytorch_utils import Conv1D
 import sandbox
 
 PROBLEM_FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "entry_point": (str, type(None)), "tests": list}
-# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or where to stop.
+# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or where to stop (and
+# generate_batch_size on the order of random numbers).
 RESUME_MAY_CHANGE = {"resume", "micro_batch_size", "score_batch_size", "generate_batch_size", "gradient_checkpointing",
                      "shard", "workers", "threads", "max_kl"}
 
@@ -720,7 +720,6 @@ def join_processes(device, cfg):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the others wait while rank 0 runs the tests
-        atexit.register(dist.destroy_process_group)
     dist.barrier()  # nobody writes before all have seen that nothing is in the way
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")

@@ -21,6 +21,7 @@ Writes  out/ppo_<strategy>/best, last    ordinary Hugging Face folders: best by 
                            state.pt      all that --resume needs
 
 Run     python 04_pf_ppo.py --strategy bw
+        torchrun --nproc_per_node=2 04_pf_ppo.py --strategy bw      the same work shared by two GPUs (--shard: models split, too)
         python 04_pf_ppo.py --policy out/sft-7b --reward_model out/rm-7b --lora_rank 16 --plan --card_gb 80    what it needs
 
 Simplified against the paper (section 4): the tiny setting makes one pass over each minibatch (paper: each response is used
@@ -29,7 +30,6 @@ this small model's programs get worse while the reward rises: README), and rewar
 """
 
 import argparse
-import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -64,7 +64,8 @@ from transformers.pytorch_utils import Conv1D
 import sandbox
 
 PROBLEM_FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "entry_point": (str, type(None)), "tests": list}
-# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or where to stop.
+# What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or where to stop (and
+# generate_batch_size on the order of random numbers).
 RESUME_MAY_CHANGE = {"resume", "micro_batch_size", "score_batch_size", "generate_batch_size", "gradient_checkpointing",
                      "shard", "workers", "threads", "max_kl"}
 
@@ -1251,7 +1252,6 @@ def join_processes(device, cfg):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the others wait while rank 0 runs the tests
-        atexit.register(dist.destroy_process_group)
     dist.barrier()  # nobody writes before all have seen that nothing is in the way
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")

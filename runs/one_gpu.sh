@@ -41,7 +41,7 @@ for setting in "${settings[@]}"; do
         "$python" -m pip install --quiet --disable-pip-version-check -r requirements-lora.txt
     fi
     plan=$("$python" 04_pf_ppo.py --plan ${CARD_GB:+--card_gb "$CARD_GB"} --policy "$MODEL" --reward_model "$MODEL" $ppo \
-        --micro_batch_size "$micro" --generate_batch_size "$rows" $memory ${PPO_FLAGS:-})
+        --micro_batch_size "$micro" --generate_batch_size "$rows" $memory)
     if [[ $plan == *"it fits"* ]]; then break; fi
 done
 echo "$plan"

@@ -26,7 +26,8 @@ def optimiser_steps(ppo, folder, sharded):
     batch["old_logprobs"] -= 4.0  # about that of a random policy over 50 tokens
     cfg = ppo.Config(minibatch_size=7, micro_batch_size=2)
     results = {}
-    for name, model_class in (("policy", ppo.AutoModelForCausalLM), ("critic", ppo.AutoModelForTokenClassification)):
+    for name, model_class in (("policy", ppo.AutoModelForCausalLM), ("policy, logits in parts", ppo.AutoModelForCausalLM),
+                              ("critic", ppo.AutoModelForTokenClassification)):
         def fresh():
             torch.manual_seed(1)
             config = tiny_config("llama")
@@ -37,8 +38,9 @@ def optimiser_steps(ppo, folder, sharded):
             return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
 
         def loss(mb):
-            if name == "policy":
-                logprobs = ppo.response_logprobs(model, *ppo.model_inputs(mb), mb["response_ids"].shape[1], 1.0)
+            if name != "critic":
+                logits_mb = 1e-3 if name.endswith("parts") else 0  # five positions at a time
+                logprobs = ppo.response_logprobs(model, *ppo.model_inputs(mb), mb["response_ids"].shape[1], 1.0, logits_mb)
                 return ppo.policy_loss(logprobs, mb["old_logprobs"], mb["advantages"], mb["response_mask"], 0.2)
             values = ppo.response_values(model, *ppo.model_inputs(mb), mb["response_ids"].shape[1])
             return ppo.value_loss(values, mb["old_values"], mb["returns"], mb["response_mask"], 0.2)

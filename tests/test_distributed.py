@@ -71,7 +71,8 @@ def runs(tmp_path_factory):
         (*SFT, "--out", "out/sft"), (*SFT, "--out", "out/sft_sharded", "--shard", "--gradient_checkpointing"),
         (*RM, *one, "--out", "out/rm"), (*RM, *one, "--out", "out/rm_sharded", "--shard"),
         (*PPO, *one, "--reward_model", "one/rm", "--out", "out/ppo"),
-        (*PPO, *one, "--reward_model", "one/rm", "--out", "out/ppo_sharded", "--shard"), (*killed, "--resume")])
+        (*PPO, *one, "--reward_model", "one/rm", "--out", "out/ppo_sharded", "--shard"), (*killed, "--resume"),
+        (*PPO, *one, "--reward_model", "one/rm", "--out", "out/ppo_auto", "--strategy", "auto", "--iterations", 1, "--shard")])
     return {**folders, "printed": printed}
 
 
@@ -88,7 +89,7 @@ def furthest(a, b):
 
 
 def metrics(folder):
-    return [{name: value for name, value in json.loads(line).items() if not name.startswith("seconds")}
+    return [{name: value for name, value in json.loads(line).items() if not name.startswith(("seconds", "strategy"))}
             for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -103,8 +104,9 @@ def same_metrics(a, b, tolerance):
 def test_an_optimiser_step_of_two_is_that_of_one(ppo, runs, kind, tmp_path):
     """Loss, gradient norm and weights of policy and critic, with and without torchrun; through a file of --resume, too."""
     alone = optimiser_steps(ppo, tmp_path, False)
+    assert len(alone) == 3
     one, two = (torch.load(runs[processes] / f"steps_{processes}.pt")[kind] for processes in (1, 2))
-    for model in ("policy", "critic"):
+    for model in alone:
         for other in (one, two):
             assert furthest(alone[model][1], other[model][1]) < 1e-5
             for a, b in zip(alone[model][0], other[model][0]):
@@ -151,6 +153,11 @@ def test_ppo(runs, name):
                     sorted((r["response"], r["kept"], r["actual_score"]) for r in theirs[start:start + 5]) for start in range(0, 35, 5)]
     assert (two / "best/config.json").read_text() == (one / "best/config.json").read_text()
     assert not [path.name for path in two.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_the_filter_is_chosen_by_r2_of_shared_responses(runs):
+    (before, line), strategies = metrics(runs[2] / "out/ppo_auto"), ("none", "bon", "br", "bw")
+    assert line["r2_responses"] == 47 * 5 and line["r2"].keys() & set(strategies) and (runs[2] / "out/ppo_auto/last").exists()
 
 
 def test_one_process_prints_and_shard_needs_torchrun(runs, ppo, capsys):

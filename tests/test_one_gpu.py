@@ -57,7 +57,7 @@ def recipe(tmp_path_factory):
     make_model(folder / "model")
     variables = {"MODEL": str(folder / "model"), "TOKENS": "12", "SFT_FLAGS": "--epochs 40 --lr 1e-2 --batch_size 16",
                  "RM_FLAGS": "--workers 1 --responses_per_prompt 4 --lr 3e-3", "R2_FLAGS": "--workers 1 --repeats 1 --responses_per_prompt 5 --bins 4",
-                 "PPO_FLAGS": "--workers 1 --prompt_tokens 100 --iterations 2 --epochs 1 --eval_every 1 --prompts_per_iteration 6",
+                 "PPO_FLAGS": "--workers 1 --iterations 2 --epochs 1 --eval_every 1 --prompts_per_iteration 6",
                  "EVAL_FLAGS": "--workers 1"}
     done = run(folder, **variables)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
