@@ -1,6 +1,7 @@
 """Two processes (gloo, on the CPU) that share the work of stages 1, 2 and 4 end where one process ends: `torchrun
 --nproc_per_node=2`, with whole models in each process and with models split by FSDP2 (--shard)."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -48,7 +49,9 @@ def runs(tmp_path_factory):
     for processes in (1, 2):
         folder = folders[processes] = tmp_path_factory.mktemp(f"processes_{processes}")
         (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
-    printed = {1: run(folders[1], 1, [(*SFT, "--out", "out/sft"), (*RM, "--out", "out/rm"), (*PPO, "--out", "out/ppo")])}
+    lora = ("--out", "out/ppo_lora", "--lora_rank", 2, "--lr", 1e-3)
+    with_lora = [(*PPO, *lora)] if importlib.util.find_spec("peft") else []
+    printed = {1: run(folders[1], 1, [(*SFT, "--out", "out/sft"), (*RM, "--out", "out/rm"), (*PPO, "--out", "out/ppo"), *with_lora])}
     # Killed with its models split over two processes, taken up again by two with whole ones.
     os.symlink(folders[1] / "out", folders[2] / "one")
     one = ("--policy", "one/sft")
@@ -72,7 +75,8 @@ def runs(tmp_path_factory):
         (*RM, *one, "--out", "out/rm"), (*RM, *one, "--out", "out/rm_sharded", "--shard"),
         (*PPO, *one, "--reward_model", "one/rm", "--out", "out/ppo"),
         (*PPO, *one, "--reward_model", "one/rm", "--out", "out/ppo_sharded", "--shard"), (*killed, "--resume"),
-        (*PPO, *one, "--reward_model", "one/rm", "--out", "out/ppo_auto", "--strategy", "auto", "--iterations", 1, "--shard")])
+        (*PPO, *one, "--reward_model", "one/rm", "--out", "out/ppo_auto", "--strategy", "auto", "--iterations", 1, "--shard"),
+        *[(*command, *one, "--reward_model", "one/rm") for command in with_lora]])
     return {**folders, "printed": printed}
 
 
@@ -139,11 +143,14 @@ def test_reward_model(runs, name):
     assert len(scores[0]) == 235 and torch.allclose(*map(torch.tensor, scores), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo_sharded", "killed"])
+@pytest.mark.parametrize("name", ["ppo", "ppo_sharded", "killed", "ppo_lora"])
 def test_ppo(runs, name):
-    one, two = runs[1] / "out/ppo", runs[2] / "out" / name
+    if name == "ppo_lora":
+        pytest.importorskip("peft")
+    one, two = runs[1] / "out" / ("ppo_lora" if name == "ppo_lora" else "ppo"), runs[2] / "out" / name
     same_metrics(one, two, 1e-3)
-    assert furthest(weights(one / "last"), weights(two / "last")) < 1e-4
+    assert furthest(weights(one / "last"), weights(two / "last")) < 1e-5
+    assert furthest(weights(one / "last"), weights(runs[1] / "out/sft")) > 3e-4  # it has learned something
     for path in sorted((one / "rollouts").iterdir()):  # five iterations of 35 responses, the same to the letter
         ours, theirs = ([json.loads(line) for line in file.read_text().splitlines()] for file in (path, two / "rollouts" / path.name))
         assert [r["response"] for r in ours] == [r["response"] for r in theirs]

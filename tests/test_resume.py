@@ -152,7 +152,7 @@ def test_sft_killed_ten_times_ends_as_if_unbroken(stages):
     assert not work.exists()
 
 
-def test_reward_model_killed_ends_as_if_unbroken_and_samples_once(stages):
+def test_reward_model_killed_ten_times_ends_as_if_unbroken_and_samples_once(stages):
     out, work = stages.folder / "out/killed_rm", stages.folder / "out/killed_rm.work"
     command = ("02_reward_model.py", "--out", "out/killed_rm", *RM_FLAGS, "--resume")
     rng = random.Random(1)
@@ -161,8 +161,8 @@ def test_reward_model_killed_ends_as_if_unbroken_and_samples_once(stages):
     sampled = (stages.folder / "log").read_text().count("240 responses,")
     assert stages.kill(*command, progress=saved_at(work / "stage_config.json"), seconds=0.0)  # while it picks pairs
     samples = saved_at(work / "samples.jsonl")()
-    for number in range(4):
-        alive = stages.kill(*command, progress=saved_at(work / "state.pt"), seconds=rng.random() * 0.03)
+    for number in range(8):
+        alive = stages.kill(*command, progress=saved_at(work / "state.pt"), seconds=rng.random() * 0.02)
         assert alive and not (out / "stage_config.json").exists(), f"finished before kill {number}"
         assert saved_at(work / "samples.jsonl")() == samples  # not sampled again
     stages.run(*command)
