@@ -887,7 +887,7 @@ def main(cfg):
         records = read_jsonl(work / "samples.jsonl", {"response_ids": list})
         print(f"resuming {out} with the {len(records)} responses in {work}", flush=True)
     else:
-        policy = load_model(AutoModelForCausalLM, cfg.policy, home, len(tokenizer)).eval()
+        policy = load_model(AutoModelForCausalLM, cfg.policy, home, len(tokenizer), frozen=True).eval()
         check_lengths(problems, prompt_ids, cfg.max_new_tokens, policy.config)
         if cfg.shard:
             shard(policy, device)
