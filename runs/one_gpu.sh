@@ -69,6 +69,10 @@ for dataset in magicoder mbpp humaneval; do
 done
 # The solutions of HumanEval must pass: if they do not, the sandbox cannot work on this machine.
 stage 05_eval.py --policies canonical --problems "$DATA/humaneval/test.jsonl" --samples 0 --timeout 3 --out "$OUT/eval_canonical"
+if [ -z "${PLAN:-}" ] && ! grep -q "^canonical  *1.000" "$OUT/eval_canonical/table.txt"; then
+    echo "one_gpu.sh: error: solutions of HumanEval fail in the sandbox ($OUT/eval_canonical/samples.jsonl); no label can be trusted" >&2
+    exit 2
+fi
 
 # ---- 1 to 3
 shared 01_sft.py --model "$MODEL" --data "$DATA/magicoder/sft.jsonl" --out "$OUT/sft" --lr "$(scaled 1e-5)" --epochs 2 \

@@ -199,7 +199,7 @@ def test_ppo_killed_ten_times_ends_as_if_unbroken(stages, unbroken_ppo):
     rng = random.Random(2)
     iterations = []
     for number in range(10):
-        alive = stages.kill(*command, progress=saved_at(out / "state.pt"), seconds=rng.random() * 3 * seconds)
+        alive = stages.kill(*command, progress=saved_at(out / "state.pt"), seconds=rng.random() * 2 * seconds)
         assert alive and not (out / "stage_config.json").exists(), f"finished before kill {number}"
         iterations.append(torch.load(out / "state.pt")["metrics"][-1]["iteration"])
     assert iterations == sorted(set(iterations)) and iterations[-1] < 30
