@@ -44,7 +44,8 @@ Writes  out/plum/sft     the model that knows both tasks, metrics.jsonl beside i
 Run     python 07_plum.py --online
         python 07_plum.py --policy Qwen/Qwen2.5-Coder-0.5B-Instruct --sft_epochs 0 --outputs model --data data/mbpp/ppo.jsonl \\
             --validation data/mbpp/validation.jsonl --lr 5e-7 --max_new_tokens 512 --test_tokens 512 --timeout 3 \\
-            --ask "Write five tests of {entry_point}, one assert statement with literal values a line.\\n\\n{prompt}"
+            --ask $'Write five tests of {entry_point}, one assert statement with literal values a line.\\n\\n{prompt}'
+        (MBPP's prompts show their tests, which a model may copy: expect a precision that other problems will not have)
 
 Simplified against the paper: there a stronger model (GPT-4) wrote the tests, here the policy does. A round has K responses of each
 of a few prompts, where the paper samples for all prompts before it trains; offline that is the same (06_baselines.py says
@@ -80,6 +81,7 @@ import sandbox
 
 PROBLEM_FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "entry_point": (str, type(None)), "tests": list}
 EXAMPLE_FIELDS = {"task_id": str, "prompt": str, "solution": str}
+ASK_FOR_TESTS = "{prompt}# tests\n"  # as in plum.jsonl, which 00_data.py writes
 MARK = "@plum@"  # starts the lines in which a program prints its outputs
 
 
@@ -94,7 +96,7 @@ class Config:
     sft_batch_size: int = 64  # lesson: examples per optimiser step
     sft_seed: int = 0  # lesson: order of the examples; apart from --seed, so that all seeds start from one model
     max_length: int = 512  # lesson: tokens of an example; longer ones are left out, and counted
-    ask: str = "{prompt}# tests\n"  # how tests are asked for; {prompt} and {entry_point} are the problem's
+    ask: str = ASK_FOR_TESTS  # how tests are asked for; {prompt} and {entry_point} are the problem's
     data: str = "data/tiny/ppo.jsonl"  # problems to train on, JSONL; their true tests and solutions serve the log alone
     validation: str = "data/tiny/validation.jsonl"  # problems that choose the best checkpoint; never the test problems
     out: str = ""  # output folder; empty: out/plum/<loss>_<online or offline>
