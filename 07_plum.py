@@ -111,7 +111,7 @@ class Config:
     pairs_per_prompt: int = 2  # pairs of a passing and a failing response, at most; not given in the paper
     temperature: float = 1.0  # sampling temperature; it divides the logits in sampling, update and reference alike
     max_new_tokens: int = 96  # longest response, tokens
-    test_tokens: int = 128  # longest response that writes tests, tokens
+    test_tokens: int = 160  # longest response that writes tests, tokens
     beta: float = 0.1  # strength of the pull to the reference, reward per nat
     epochs: int = 1  # passes over the pairs of a round
     minibatch_size: int = 48  # responses per optimiser step, 24 pairs
@@ -878,13 +878,17 @@ def teach_both_tasks(cfg, device):
                   "{validation_loss_tests:.3f}  {seconds:.0f} s".format(steps=steps, **line), flush=True)
 
     # ---- save: the folder gets its name when all is in it
-    part = Path(f"{cfg.both_tasks}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = Path(f"{cfg.both_tasks}.{os.getpid()}")
     part.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, tokenizer, part)
     write_jsonl(part / "metrics.jsonl", metrics)
     save_config(lesson, part)
-    os.rename(part, cfg.both_tasks)
+    try:
+        os.rename(part, cfg.both_tasks)
+    except OSError:  # a run beside this one was quicker; the same settings made the same model
+        shutil.rmtree(part)
+        if not finished(lesson, cfg.both_tasks):
+            raise
 
 
 def plot_rounds(metrics, path, title):
