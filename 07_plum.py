@@ -257,7 +257,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 
 def kto_loss(logprobs, ref_logprobs, desirable, kl, beta):
-    """KTO (Ethayarajh et al. 2024, section 4) with both weights 1, mean over responses.
+    """KTO (Ethayarajh et al. 2024) with both weights 1, mean over responses.
 
     1 - sigmoid(beta (r - kl)) for desirable responses and 1 - sigmoid(beta (kl - r)) for undesirable ones, with
     r = logprobs - ref_logprobs: a gain or a loss against the point where the policy stands on the whole.
