@@ -682,7 +682,7 @@ def tiny_splits(cfg):
 
 ASK_FOR_TESTS = "{prompt}# tests\n"  # --ask of 07_plum.py has the same default
 SHORT_WORDS = "a I cat Dog Egg b12 no. up".split()
-LINES_OF_TESTS = 5  # tests of a response
+LINES_OF_TESTS = 3  # tests of a response
 MAX_TEST_LINE = 60  # characters of a test; nobody writes longer ones by hand
 
 

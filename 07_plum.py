@@ -111,7 +111,7 @@ class Config:
     pairs_per_prompt: int = 2  # pairs of a passing and a failing response, at most; not given in the paper
     temperature: float = 1.0  # sampling temperature; it divides the logits in sampling, update and reference alike
     max_new_tokens: int = 96  # longest response, tokens
-    test_tokens: int = 160  # longest response that writes tests, tokens
+    test_tokens: int = 128  # longest response that writes tests, tokens
     beta: float = 0.1  # strength of the pull to the reference, reward per nat
     epochs: int = 1  # passes over the pairs of a round
     minibatch_size: int = 48  # responses per optimiser step, 24 pairs

@@ -158,7 +158,7 @@ def test_tests_of_the_lesson_have_the_outputs_of_the_solution(data, plum):
         problem = problems[int(record["task_id"].split("/")[-1])]
         assert record["prompt"] == plum.Config().ask.replace("{prompt}", problem["prompt"])
         tests = plum.parse_tests(record["solution"], "solve")  # they parse as the stage parses what the model writes
-        assert 1 <= len(tests) <= 5 and len(tests) == record["solution"].count("\n") == len({call for call, _ in tests})
+        assert 1 <= len(tests) <= 3 and len(tests) == record["solution"].count("\n") == len({call for call, _ in tests})
         names = {}
         exec(problem["prefix"] + problem["solution"], names)
         for call, expected in tests:
@@ -174,7 +174,7 @@ def test_tests_of_the_lesson_have_the_outputs_of_the_solution(data, plum):
                     continue
                 true_and_false.add(values is None or values[-1] == ast.literal_eval(expected))
                 wrong += values is not None and values[-1] != ast.literal_eval(expected)
-    assert len(asked) > 500 and wrong > 200 and true_and_false == {True, False}
+    assert len(asked) > 300 and wrong > 100 and true_and_false == {True, False}
 
 
 # ----------------------------------------------------------------------------------------------------- on the small pipeline
