@@ -28,7 +28,14 @@ How good are the tests? No loss sees the true tests and solutions; for the log a
     label_accuracy    share of the verdicts of (b) that are those of the true tests
 
 --outputs majority is a known variant: the model writes the inputs, and the most common output of the K responses is the
-expected one. It is the default since a model of a million parameters seldom works out what a program gives (README).
+expected one. It is the default: of the tests whose outputs our model of a million parameters writes itself, 18% are right. The
+vote finds them (92% of the kept ones are right), but leaves tests for a third of the prompts only; with majority it is three
+quarters, 74% right before the vote (which then only has to tell responses apart) and 82% after it.
+
+What to expect of it: what most responses get wrong, the vote calls right. On the tiny set, where some kinds of step are mostly
+wrong, about half of the responses that PLUM prefers fail the true tests (of those that it rejects, 92%). So it makes the policy
+surer of what it mostly does: sampled pass rates rise a little, greedy decoding hardly changes. The methods with a reward model
+have what it has not: 15,000 responses that were labelled by true tests.
 
 Reads   data/tiny/ppo.jsonl, data/tiny/validation.jsonl, out/sft; for the lesson data/tiny/sft.jsonl, data/tiny/plum.jsonl:
             {"task_id": "tiny/plum/0", "prompt": "...# tests\\n", "solution": "assert solve('a I') == 1\\n"}
@@ -44,13 +51,14 @@ Writes  out/plum/sft     the model that knows both tasks, metrics.jsonl beside i
 Run     python 07_plum.py --online
         python 07_plum.py --policy Qwen/Qwen2.5-Coder-0.5B-Instruct --sft_epochs 0 --outputs model --data data/mbpp/ppo.jsonl \\
             --validation data/mbpp/validation.jsonl --lr 5e-7 --max_new_tokens 512 --test_tokens 512 --timeout 3 \\
-            --ask $'Write five tests of {entry_point}, one assert statement with literal values a line.\\n\\n{prompt}'
+            --ask $'Write five tests of {entry_point}, each an assert statement with literal values.\\n\\n{prompt}'
         (MBPP's prompts show their tests, which a model may copy: expect a precision that other problems will not have)
 
-Simplified against the paper: there a stronger model (GPT-4) wrote the tests, here the policy does. A round has K responses of each
-of a few prompts, where the paper samples for all prompts before it trains; offline that is the same (06_baselines.py says
-why). The votes are those of the K responses that are then judged, so no response is sampled for the vote alone: programs and
-tests together are the 240 samples a round that the other methods have.
+Different from the paper: there a stronger model wrote the tests (GPT-4, by the reviews on OpenReview), here the policy does. A
+round has K responses of each of a few prompts, where the paper samples for all prompts before it trains; offline that is the
+same (06_baselines.py says why). The votes are those of the K responses that are then judged, so that none is sampled for the
+vote alone: programs and tests together are the 240 samples a round that the other methods have. What the paper does about
+hyperparameters we have not seen; ours are from two learning rates tried on the validation problems, the lesson's from none.
 """
 
 import argparse
@@ -116,7 +124,7 @@ class Config:
     epochs: int = 1  # passes over the pairs of a round
     minibatch_size: int = 48  # responses per optimiser step, 24 pairs
     micro_batch_size: int = 48  # responses per forward pass; smaller needs less memory and changes nothing else
-    lr: float = 5e-5  # learning rate (AdamW, constant)
+    lr: float = 0.0  # learning rate (AdamW, constant); 0: 5e-5 online, 2e-5 offline, where responses grow old; not given
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm, over all parameters
     eval_every: int = 5  # rounds between two validations (greedy pass@1); the last round always has one
     save_every: int = 0  # also keep the policy of every so many rounds as <out>/iteration_<i>; 0: none
@@ -963,7 +971,7 @@ def main(cfg):
     sampler = policy if cfg.online else reference
     if cfg.gradient_checkpointing:
         policy.activation_checkpointing_enable()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr or (5e-5 if cfg.online else 2e-5), weight_decay=0.0)
     prompt_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
     ask_ids = [encode_prompt(tokenizer, cfg.ask.replace("{entry_point}", problem["entry_point"] or "").replace(
         "{prompt}", problem["prompt"])) for problem in problems]
