@@ -1,7 +1,8 @@
 r"""Stage 0: problems in one format, from the built-in generator or from a public data set.
 
 Reads   nothing, a data set of the Hugging Face hub, or a local copy of its records (`--file`).
-Writes  data/<dataset>/{sft,rm,ppo,validation,test}.jsonl, those splits that the data set has, and stage_config.json.
+Writes  data/<dataset>/{sft,rm,ppo,validation,test}.jsonl, those splits that the data set has, and stage_config.json;
+        data/tiny/plum.jsonl: the SFT problems once more, with the task to write tests (for 07_plum.py).
 
 A line of data/tiny/sft.jsonl, spread out:
 
@@ -677,6 +678,59 @@ def tiny_splits(cfg):
     return splits
 
 
+# ---- the tiny set: the task of writing tests, for 07_plum.py ----
+
+ASK_FOR_TESTS = "{prompt}# tests\n"  # --ask of 07_plum.py has the same default
+SHORT_WORDS = "a I cat Dog Egg b12 no. up".split()
+LINES_OF_TESTS = 3  # tests of a response
+MAX_TEST_LINE = 60  # characters of a test; nobody writes longer ones by hand
+
+
+def short_input(takes, rng):
+    """An input whose result a small model may be able to work out: the 60 inputs of the true tests are longer."""
+    if takes == "list":
+        return [rng.randint(-2, 9) for _ in range(rng.randint(1, 4))]
+    if takes == "text":
+        return " ".join(rng.choice(SHORT_WORDS) for _ in range(rng.randint(1, 2)))
+    return rng.randint(0, 30)
+
+
+def solution_functions(problem):
+    """The lines of a solution of ours as functions, each of the line before's value."""
+    variable, functions = problem["prefix"].removeprefix("def solve(").removesuffix("):\n"), []
+    for line in problem["solution"].splitlines():
+        target, _, expression = line.strip().removeprefix("return ").rpartition(" = ")
+        functions.append(compiled(expression, variable))
+        variable = target
+    return functions
+
+
+def plum_records(problems, seed):
+    """Instructions that ask for tests, with responses as scraped code would have them: who wrote a flawed solution took the
+    expected outputs of the tests from it. The prompts and solutions are those of the SFT problems.
+
+    Returns [{"task_id", "prompt", "solution"}]; the solution is a few lines `assert solve(input) == output`.
+    """
+    rng, takes, records = random.Random(f"plum {seed}"), {step.kind: step.takes for step in STEPS}, []
+    for number, problem in enumerate(problems):
+        functions, lines = solution_functions(problem), {}
+        for _ in range(10 * LINES_OF_TESTS):  # a step may not be defined on an input: the maximum of an empty list
+            value = short_input(takes[problem["steps"][0]], rng)
+            try:
+                values = trace(functions, value)
+            except Exception:
+                continue
+            line = f"assert solve({value!r}) == {values[-1]!r}\n" if values else None
+            if line and len(line) <= MAX_TEST_LINE:
+                lines[repr(value)] = line
+            if len(lines) == LINES_OF_TESTS:
+                break
+        if lines:
+            records.append({"task_id": f"tiny/plum/{number}", "prompt": ASK_FOR_TESTS.replace("{prompt}", problem["prompt"]),
+                            "solution": "".join(lines.values())})
+    return records
+
+
 # ---- public data sets ----
 
 HUB = {  # name and configuration on the Hugging Face hub
@@ -886,6 +940,8 @@ def main(cfg):
     temporary.mkdir(parents=True)
     for split, records in splits.items():
         write_jsonl(temporary / f"{split}.jsonl", records)
+    if cfg.dataset == "tiny":
+        write_jsonl(temporary / "plum.jsonl", plum_records(splits["sft"], cfg.seed))
     save_config(cfg, temporary)
     os.rename(temporary, out)
     counts = ", ".join(f"{split} {len(records)}" for split, records in splits.items())

@@ -213,7 +213,8 @@ def read(path):
 
 def config(baselines, method, out, **flags):
     shutil.rmtree(out, ignore_errors=True)
-    settings = dict(iterations=2, prompts_per_iteration=8, minibatch_size=80, micro_batch_size=20, eval_every=2, lr=1e-3)
+    settings = dict(iterations=2, prompts_per_iteration=8, minibatch_size=80, micro_batch_size=20, eval_every=2, lr=1e-3,
+                    anchor_every=1)
     return baselines.Config(method=method, out=str(out), **{**settings, **flags})
 
 
