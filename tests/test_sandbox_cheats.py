@@ -130,27 +130,27 @@ def test_there_are_enough_cheats():
 
 # ---- the socket between U and T: whatever U says there is a reply to be compared, never a verdict
 
-FIND = "import os, socket, struct, json\ndef say(data, fd=None):\n    for n in range(3, 64):\n        try: os.write(n, data)\n        except OSError: pass\ndef frame(x): d = json.dumps(x).encode(); return struct.pack('<I', len(d)) + d\n"
+FIND = "import os, socket, struct, json\ndef say(data, fd=None):\n    for n in range(3, 64):\n        try: os.write(n, data)\n        except OSError: pass\ndef frame(x): return json.dumps(x).encode() + b'\\n'\n"
 FORGED = {
     "a verdict": "say(frame([0, 'done', 'passed']))",
     "a report": "say(frame({'status': 'passed', 'passed_tests': 2, 'gone': False}))",
     "garbage": "say(b'\\xff' * 1000)",
-    "a length without a message": "say(struct.pack('<I', 1 << 30))",
-    "half a frame": "say(struct.pack('<I', 100) + b'[0')",
-    "deep nesting": "d = b'[' * 200000; say(struct.pack('<I', len(d)) + d)",
+    "a line without an end": "while 1: say(b'[0, ' + b'1, ' * 10000)",
+    "half a message": "say(b'[0, \"v\"')",
+    "deep nesting": "say(b'[' * 200000 + b'\\n')",
     "an unknown tag": "say(frame([0, 'v', {'add': {'wat': 1}}]))",
-    "a code object": "say(frame([0, 'v', {'add': {'type': 'exec'}}]))",
+    "a code object": "say(frame([0, 'v', {'add': {'builtin': 'exec'}}]))",
     "a module": "say(frame([0, 'v', {'add': {'module': 'os'}, 'os': {'module': 'os'}}]))",
     "a handle to nothing": "say(frame([0, 'v', {'add': {'h': 'g:nothing'}}]))",
     "a handle that is no string": "say(frame([0, 'v', {'add': {'h': [1]}}]))",
     "two tags": "say(frame([0, 'v', {'add': {'tuple': [], 'list': []}}]))",
     "replies before the question": "say(b''.join(frame([n, 'v', 0]) for n in range(100)))",
     "null": "say(frame(None))",
-    "nan for a length": "say(frame([0, 'v', {'add': {'deque': [[], float('nan')]}}]))",
+    "nan for a length": "say(frame([0, 'v', {'add': {'collections.deque': [[], float('nan')]}}]))",
     "a number of 5000 digits": "say(struct.pack('<I', 5008) + b'[0,\"v\",' + b'9' * 5000 + b']')",
     "an end of the connection": "for n in range(3, 64):\n    try: socket.socket(fileno=n).shutdown(2)\n    except OSError: pass",
     "a flood": "while 1: say(frame([99, 'v', 0]) * 1000)",
-    "builtins by name": "say(frame([0, 'v', {'add': {'type': 'bool'}, 'len': {'type': 'int'}}]))",
+    "builtins by name": "say(frame([0, 'v', {'add': {'builtin': 'bool'}, 'len': {'builtin': 'int'}}]))",
     "a false exception": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'x', ['BaseException', 'SystemExit'], '']) + frame([2, 'x', ['KeyboardInterrupt'], 'y']))",
     "malformed changes": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'v', 0, 5, 5]) + frame([2, 'v', 0, [], []]))",
 }

@@ -12,6 +12,9 @@ import sandbox
 from sandbox_peers import plain, start
 
 
+MODES = sandbox.MODES
+
+
 def inside(code, function="f", **options):
     """What f() returns inside the sandbox: T receives it and puts it into the error."""
     result = sandbox.run(code, [f"raise ValueError(repr({function}()))"], entry_point=function, **{"timeout": 3.0, **options})
@@ -236,7 +239,7 @@ def test_fork_bomb_is_held():
 def test_number_of_processes():
     code = "import os, time\ndef f():\n    n = 0\n    try:\n        while n < 300:\n            if os.fork() == 0: time.sleep(30)\n            n += 1\n    except OSError: pass\n    return n"
     if "number of processes" in (sandbox.MISSING or []): pytest.skip("the number of processes is not limited on this host")
-    assert inside(code) < (100 if sandbox.MODE < 2 else 300)      # without a namespace the user's other processes count too
+    assert inside(code) < (100 if sandbox.IDLE[0].layers["mode"] != MODES[2] else 300)      # without a namespace the user's other processes count too
 
 
 def test_no_ptrace_and_no_foreign_memory(victim):
@@ -383,7 +386,7 @@ def test_strict_isolation_refuses_where_something_is_missing(monkeypatch):
 
 def test_the_trial_of_the_walls_finds_a_hole(monkeypatch, capfd):
     """The trial at the start is known to bite: a wall taken away is reported."""
-    monkeypatch.setattr(sandbox, "HOLES", "def holes(outside, port, caller, size):\n    open('x', 'w')\n    return ['network']")
+    monkeypatch.setitem(sandbox.PROBES, "network", "open('x', 'w')")
     monkeypatch.setattr(sandbox, "MISSING", None)
     sandbox.run("1", ["pass"])
     assert sandbox.MISSING == ["network"] and "not enforced on this machine: network" in capfd.readouterr().err
@@ -393,10 +396,10 @@ def test_the_trial_of_the_walls_finds_a_hole(monkeypatch, capfd):
 def test_every_mode_of_isolation_keeps_the_walls(mode, monkeypatch):
     """With a user namespace, as root without one, with no namespace at all: files, network and signals are closed in each."""
     sandbox.close()
-    monkeypatch.setattr(sandbox, "MODE", mode)
+    monkeypatch.setattr(sandbox, "MODES", MODES[mode:])
     monkeypatch.setattr(sandbox, "MISSING", None)
     try:
         assert sandbox.run("def f(): return 1", ["assert f() == 1"], entry_point="f").passed
         assert not {"reading files outside", "writing files outside", "network", "signals to other processes", "memory", "new namespaces", "processes that leave their group"} & set(sandbox.MISSING)
-        assert sandbox.MODE >= mode
+        assert sandbox.IDLE[0].layers["mode"] in MODES[mode:]
     finally: sandbox.close()
