@@ -259,8 +259,8 @@ def new_root(paths):
     root = "/proc"                                     # any directory that is always there
     mount("none", "/", None, 1 << 14 | 1 << 18)        # private, recursive
     mount("none", root, "tmpfs", 6, "mode=755,size=1m")
-    for path in [p for p in paths if not os.path.lexists(root + p)]:
-        if os.path.lexists(root + path): continue      # inside one of those before
+    for path in sorted(paths):                         # folders before what is in them
+        if os.path.lexists(root + path): continue
         os.makedirs(os.path.dirname(root + path), exist_ok=True)
         if os.path.islink(path): os.symlink(os.readlink(path), root + path); continue
         os.mkdir(root + path) if os.path.isdir(path) else open(root + path, "w").close()
@@ -482,8 +482,8 @@ def change(old, new):
 VERDICTS = {n for t in (str, set, bytes, float) for n in dir(t) if n.startswith(("is", "starts", "ends"))}
 
 class Proxy:
-    """An object that stays in U. It never equals plain data. The operators of SHOWN may show it a plain value: then the answer has
-    to be an object again, and no operator makes data of that, so that no `abs(f(x) + -3.5) < 1e-6` is U's to answer."""
+    """An object that stays in U. It never equals plain data. The operators in SHOWN may show it a plain value: then the answer
+    has to be an object again, and no operator makes data of that: `abs(f(x) + -3.5) < 1e-6` is not for U to answer."""
     def __init__(self, remote, key): self.__dict__.update(_remote=remote, _key=key, _shown=False)
     def __setattr__(self, name, value): self._remote.ask("setattr", self, name, value)
     def __contains__(self, item): return any(item == v for v in iter(self))     # U's own __contains__ could say yes to all
@@ -512,7 +512,8 @@ def operation(op, swap=False):
     return ask
 
 ARITHMETIC = ["bool", "len", "int", "float", "abs", "neg", "round", *BETWEEN]
-for _op in ["call", "getitem", "setitem", "delitem", "iter", "next", "str", "repr", *ARITHMETIC]: setattr(Proxy, f"__{_op}__", operation(_op))
+for _op in ["call", "getitem", "setitem", "delitem", "iter", "next", "str", "repr", *ARITHMETIC]:
+    setattr(Proxy, f"__{_op}__", operation(_op))
 for _op in SHOWN: setattr(Proxy, f"__r{_op}__", operation(_op, swap=True))
 
 # ---------------------------------------------------------------- what the text of the tests says about them
@@ -708,7 +709,7 @@ class Worker:
         if not sys.platform.startswith("linux"): raise RuntimeError("sandbox.py needs Linux")
         folder, file = os.path.split(os.path.abspath(__file__))
         site, (self.sock, theirs) = [p for p in sys.path if "site-packages" in p or "dist-packages" in p], socket.socketpair()
-        code = (f"import sys; sys.path.insert(0, {folder!r}); import {os.path.splitext(file)[0]} as sandbox\nsys.path[:] = [p for p in "
+        code = (f"import sys; sys.path.insert(0, {folder!r}); import {file.removesuffix('.py')} as sandbox\nsys.path[:] = [p for p in "
                 f"sys.path if p not in ('', {folder!r})] + {site}\nsandbox.serve({theirs.fileno()}, {MODES}, {site})")
         self.process = subprocess.Popen(               # in a session of its own: Ctrl-C is for the caller
             [sys.executable, "-s", "-S", "-X", "utf8", "-X", "int_max_str_digits=0", "-c", code], pass_fds=[theirs.fileno()],
@@ -856,7 +857,8 @@ def records(path, needed):
         for field, kind in TYPES.items():
             value = record.get(field)
             if field in needed and field not in record: raise BadInput(f"{place}: field {field!r} is missing")
-            bad = field in record and not isinstance(value, kind) or kind is list and not all(isinstance(t, str) for t in value or [])
+            bad = field in record and not isinstance(value, kind)
+            bad = bad or kind is list and not all(isinstance(t, str) for t in value or [])
             if bad: raise BadInput(f"{place}: field {field!r} is not of type {getattr(kind, '__name__', kind)}")
         yield place, record
 

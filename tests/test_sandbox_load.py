@@ -273,7 +273,7 @@ def test_bench_prints_its_table():
 # ---- as an ordinary user
 
 def test_all_of_it_as_an_ordinary_user(tmp_path_factory):
-    """The other sandbox tests again as user 1001, in a copy that this user may read; SANDBOX_USER=test runs the slow ones too."""
+    """The other sandbox tests again (honest programs, load and all) as user 1001, in a copy that this user may read; SANDBOX_USER=test runs the slow ones too."""
     if os.getuid() != 0: pytest.skip("this run is an ordinary user's already")
     if os.environ.get("SANDBOX_INNER"): pytest.skip("inner run")
     if not shutil.which("setpriv"): pytest.skip("no setpriv")
@@ -292,8 +292,8 @@ def test_all_of_it_as_an_ordinary_user(tmp_path_factory):
             if origin and origin.endswith("__init__.py"): shutil.copytree(os.path.dirname(origin), f"{folder}/lib/{name}")
             elif origin: shutil.copy(origin, folder + "/lib")
         subprocess.run(["chmod", "-R", "a+rwX", folder])
-        run = subprocess.run([*user, python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_sandbox_cheats.py", "tests/test_sandbox_walls.py", "-k", os.environ.get("SANDBOX_USER", " and ".join("not " + n for n in "wall_limit explode survives stop_signal one_second crash frame flood fork_bomb children_is gigabytes children".split()))],
-                             cwd=folder, env={"PATH": os.environ["PATH"], "PYTHONPATH": f"{folder}:{folder}/lib", "SANDBOX_INNER": "1", "HOME": folder, "TMPDIR": "/tmp", "PYTEST_DEBUG_TEMPROOT": folder}, capture_output=True, text=True, timeout=300)
+        run = subprocess.run([*user, python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests", "-k", os.environ.get("SANDBOX_USER", " and ".join("not " + n for n in "wall_limit explode survives stop_signal one_second do_not_end crash frame flood fork_bomb gigabytes children CPU asleep torch bench canonical host killed".split()))],
+                             cwd=folder, env={"SANDBOX_LOAD": "200", "PATH": os.environ["PATH"], "PYTHONPATH": f"{folder}:{folder}/lib", "SANDBOX_INNER": "1", "HOME": folder, "TMPDIR": "/tmp", "PYTEST_DEBUG_TEMPROOT": folder}, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
         print(run.stdout.strip().splitlines()[-1])
     finally: shutil.rmtree(folder, ignore_errors=True)
