@@ -86,6 +86,7 @@ def unpack(data, handle):
     if tag not in SHAPES: raise ValueError("no such type")
     module, _, name = tag.rpartition(".")
     parts, module = [unpack(v, handle) for v in parts], __import__(module or "builtins")
+    if tag == "collections.defaultdict": parts[0] = None
     if tag == "numpy.generic": return module.dtype(parts[0]).type(parts[1])
     if tag == "numpy.ndarray": return module.array(parts[2], parts[0]).reshape(parts[1])
     return getattr(module, name)(*parts)
@@ -287,11 +288,12 @@ def keep_house(mode, site, control, caller):
         libc("unshare", NAMESPACES | (0x10000000 if mode == MODES[0] else 0))
         control.sendall(b"?"), control.recv(1)         # T writes the map of ids
         new_root([*paths, "/dev/null"])
-    base = "/scratch" if spaces else f"{'/dev/shm' if os.access('/dev/shm', os.W_OK) else '/tmp'}/sandbox-{os.urandom(6).hex()}"
-    remove, scratch = f"chmod -R u+rwX {base}; rm -rf {base}", base + "/tmp"
+    scratch = f"{'/dev/shm' if os.access('/dev/shm', os.W_OK) else '/tmp'}/sandbox-{os.urandom(6).hex()}"
+    scratch = "/scratch/tmp" if spaces else scratch    # Landlock allows all below /scratch: a new mount there needs no new rule
+    os.makedirs(scratch, exist_ok=True)
 
     def renew():
-        if not spaces: return os.system(f"{remove}; mkdir -p {base}; mkdir -m 1777 {scratch}")
+        if not spaces: return os.system("chmod -R u+rwX {0}; rm -rf {0}/* {0}/.[!.]* {0}/..?*; chmod 1777 {0}".format(scratch))
         libc("umount2", scratch.encode(), 2)
         mount("tmpfs", scratch, "tmpfs", 6, "mode=1777,size=64m,nr_inodes=4096")
 
@@ -302,7 +304,7 @@ def keep_house(mode, site, control, caller):
         return serve_candidates(mode, [*paths], scratch, control, caller, theirs)
     theirs.close(), control.close(), caller.close()
     while ours.recv(1): renew(), ours.sendall(b"!")
-    if not spaces: os.wait(), os.system(remove)
+    if not spaces: os.wait(), os.system(f"chmod -R u+rwX {scratch}; rm -rf {scratch}")
 
 def take_on_walls(mode, paths, scratch):
     """Z's walls, which each fork inherits at no cost -> what there is of them, and Landlock's rules."""
@@ -321,7 +323,7 @@ def take_on_walls(mode, paths, scratch):
     limit(resource.RLIMIT_CORE, 0), limit(resource.RLIMIT_FSIZE, 64 << 20), limit(resource.RLIMIT_NOFILE, 256)
     if os.getuid(): limit(resource.RLIMIT_NPROC, 64 + sum(len(os.listdir(p)) for p in own if os.path.exists(p)))
     abi, ruleset, seccomp = 0, None, False
-    try: abi, ruleset = landlock(paths, [os.path.dirname(scratch), "/dev/null"])
+    try: abi, ruleset = landlock(paths, ["/scratch" if spaces else scratch, "/dev/null"])
     except OSError: pass
     try: filter_syscalls(DENIED.values()); seccomp = True
     except OSError: pass
@@ -461,11 +463,11 @@ def request(op, args, kwargs):
 def remote_error(names, text):
     """An exception of U, as the first of its classes that is a builtin one and takes a text."""
     for kind in [getattr(builtins, str(name), None) for name in names] + [RuntimeError]:
+        if not isinstance(kind, type) or not issubclass(kind, Exception): continue
         try: error = kind(str(text))
         except TypeError: continue                     # UnicodeDecodeError and its like want more
-        if isinstance(error, Exception):
-            error.remote = str(text)
-            return error
+        error.remote = str(text)
+        return error
 
 def change(old, new):
     """`new`, but as the container `old` where it is of the same type, nested ones, too: every name for them sees the change."""
@@ -572,7 +574,7 @@ def plan(setup, tests, entry_point):
 
 def environment(plan, entry_point, candidates):
     """The global names of the tests: the library's and the candidate's. A missing `sum` of the candidate is not ours."""
-    env = {"__name__": "tests", "__builtins__": {n: v for n, v in vars(builtins).items() if n != entry_point}} | candidates
+    env = candidates | {"__name__": "tests", "__builtins__": {n: v for n, v in vars(builtins).items() if n != entry_point}}
     for name in plan.library:
         module = LIBRARY.get(name) or {"np": "numpy"}.get(name, name)
         try: env[name] = getattr(__import__(module), name) if name in LIBRARY else __import__(module)
@@ -690,10 +692,11 @@ def serve(fd, modes, site):
     control.sendall(message(layers))
     jobs = open(control.fileno(), "rb", 1 << 16, closefd=False)
     while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < JUDGE_MB << 9:   # one that has grown is replaced
-        try: job = receive(jobs)
-        except EOFError: return                        # the caller has gone
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + job["timeout"]) + 2, resource.RLIM_INFINITY))
-        control.sendall(message(judge(job, zygote, reports)))    # beyond that CPU time T is killed, and replaced
+        try:
+            job = receive(jobs)                        # beyond this CPU time T is killed, and replaced
+            resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + job["timeout"]) + 2, resource.RLIM_INFINITY))
+            control.sendall(message(judge(job, zygote, reports)))
+        except (EOFError, OSError): return             # the caller or Z has gone
 
 # ---------------------------------------------------------------- the caller's side
 
@@ -709,8 +712,8 @@ class Worker:
         if not sys.platform.startswith("linux"): raise RuntimeError("sandbox.py needs Linux")
         folder, file = os.path.split(os.path.abspath(__file__))
         site, (self.sock, theirs) = [p for p in sys.path if "site-packages" in p or "dist-packages" in p], socket.socketpair()
-        code = (f"import sys; sys.path.insert(0, {folder!r}); import {file.removesuffix('.py')} as sandbox\nsys.path[:] = [p for p in "
-                f"sys.path if p not in ('', {folder!r})] + {site}\nsandbox.serve({theirs.fileno()}, {MODES}, {site})")
+        code = (f"import sys; sys.path[:1] = [{folder!r}]; import {file.removesuffix('.py')} as sandbox; sys.path[:1] = []\n"
+                f"sys.path += {site}; sandbox.serve({theirs.fileno()}, {MODES}, {site})")
         self.process = subprocess.Popen(               # in a session of its own: Ctrl-C is for the caller
             [sys.executable, "-s", "-S", "-X", "utf8", "-X", "int_max_str_digits=0", "-c", code], pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/",
@@ -767,11 +770,12 @@ def checked(code, tests, setup="", entry_point=None, timeout=3.0, memory_mb=512,
     return job | dict(timeout=float(timeout), memory_mb=int(memory_mb))
 
 def run_many(jobs, workers=None, on_result=None, isolation="auto"):
-    """Results of the jobs (dicts of run's arguments) in their order, from `workers` helpers at a time; default: one a core."""
+    """Results of the jobs (dicts of run's arguments) in their order, from `workers` helpers at a time; default: one a core.
+    on_result(index, result) is called in that order, too, as soon as all before are there."""
     import selectors
     if MISSING is None and isolation: look_for_holes()
     if MISSING and isolation == "strict": raise Unsafe("not enforced on this machine: " + ", ".join(MISSING))
-    results, tries, todo = [None] * len(jobs), collections.Counter(), collections.deque(range(len(jobs)))
+    results, tries, todo, told = [None] * len(jobs), collections.Counter(), collections.deque(range(len(jobs))), 0
     busy, free = selectors.DefaultSelector(), []
     while len(free) < min(len(jobs), workers or os.cpu_count() or 1):
         try: free.append(IDLE.pop())
@@ -800,7 +804,7 @@ def run_many(jobs, workers=None, on_result=None, isolation="auto"):
                     if not late and tries[index] < 3: todo.appendleft(index)
                     else: results[index] = result
                 free.append(worker)
-                if results[index] and on_result: on_result(index, results[index])
+                while on_result and told < len(jobs) and results[told]: on_result(told, results[told]); told += 1
         return results
     finally:
         for key in [*busy.get_map().values()]: key.data[0].end()
@@ -864,7 +868,7 @@ def records(path, needed):
 
 def score_file(args):
     """Appends each sample with its verdict to the output, in order; goes on behind those that an earlier run has left there."""
-    problems, samples, done, end, waiting, passed = {}, [], 0, 0, {}, 0
+    problems, samples, start, end, passed = {}, [], 0, 0, 0
     for place, problem in records(args.problems, ["task_id", "tests"]):
         if problems.setdefault(problem["task_id"], problem) is not problem: raise BadInput(f"{place}: field 'task_id' repeats")
     for place, sample in records(args.samples, ["task_id", "response"]):
@@ -872,25 +876,20 @@ def score_file(args):
         samples.append(sample)
     for line in open(args.output, "rb") if os.path.exists(args.output) else []:
         if not line.endswith(b"\n"): break             # cut off: written again
-        try: same = json.loads(line).items() >= samples[done].items() and b'"status":' in line
+        try: same = json.loads(line).items() >= samples[start].items() and b'"status":' in line
         except (ValueError, LookupError, AttributeError): same = False
-        if not same: raise BadInput(f"{args.output}, line {done + 1}: not the result of this sample; the file is left as it is")
-        done, end = done + 1, end + len(line)
-    start = done
+        if not same: raise BadInput(f"{args.output}, line {start + 1}: not the result of this sample; it is left as it is")
+        start, end = start + 1, end + len(line)
     jobs = [dict(code=program(p, s["response"]), tests=p["tests"], setup=p.get("setup") or "", entry_point=p.get("entry_point"),
                  trust=args.trust, timeout=args.timeout, memory_mb=args.memory_mb)
             for s in samples[start:] for p in [problems[s["task_id"]]]]
 
-    def on_result(index, result):                      # written in the order of the samples, so that a run can go on
-        nonlocal done, passed
-        waiting[start + index], passed = result, passed + result.passed
-        while done in waiting:
-            r = waiting.pop(done)
-            verdict = {"actual_score": float(r.passed)} | {f: getattr(r, f) for f in ("passed_tests", "total_tests", "status")}
-            out.write(json.dumps(samples[done] | verdict) + "\n")
-            out.flush()
-            done += 1
-        count = done + len(waiting)
+    def on_result(index, result):
+        nonlocal passed
+        passed, count = passed + result.passed, start + index + 1
+        verdict = {"actual_score": float(result.passed), **{f: getattr(result, f) for f in "passed_tests total_tests status".split()}}
+        out.write(json.dumps(samples[start + index] | verdict) + "\n")
+        out.flush()
         if sys.stderr.isatty() or count == len(samples) or count % 1000 == 0:
             bar = f"[{'#' * (30 * count // len(samples)):.<30}] {count}/{len(samples)}, {passed} of {count - start} passed"
             print("\r" + bar, end="", file=sys.stderr, flush=True)

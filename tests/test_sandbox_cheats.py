@@ -126,7 +126,7 @@ def test_cheat_gets_no_pass(key):
     result = sandbox.run(code, tests, entry_point=name, timeout=2.0)
     assert not result.passed and result.trust == "split", result
     assert result.passed_tests < result.total_tests == len(tests)
-    assert weak(code, tests), "the cheat does not work in the weak form: the test would not bite"
+    assert "SANDBOX_INNER" in os.environ or weak(code, tests), "the cheat does not work in the weak form: the test would not bite"
 
 
 def test_there_are_enough_cheats():
@@ -157,6 +157,8 @@ FORGED = {
     "a flood": "while 1: say(frame([99, 'v', 0]) * 1000)",
     "builtins by name": "say(frame([0, 'v', {'add': {'builtin': 'bool'}, 'len': {'builtin': 'int'}}]))",
     "a false exception": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'x', ['BaseException', 'SystemExit'], '']) + frame([2, 'x', ['KeyboardInterrupt'], 'y']))",
+    "a builtin as an exception": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'x', ['eval', 'exec', 'print'], '1 / 0']))",
+    "a factory in a dict": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'v', {'collections.defaultdict': [{'h': 'g:add'}, {'dict': [[]]}]}]))",
     "malformed changes": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'v', 0, 5, 5]) + frame([2, 'v', 0, [], []]))",
 }
 
@@ -176,6 +178,7 @@ GUARDS = {               # guard: (text in sandbox.py, what stands there instead
     "the token of one process": ("if reply[1] != token: found.clear()", "", FIND + "say(frame([0, 'passed', '', '0' * 32]) * 2)\ndef add(a, b): return 0", ADD, dict(trust="in_process")),
     "named builtins are types": ("(isinstance(found := getattr(builtins, parts), type) or found is ...)", "(found := getattr(builtins, parts))", FIND + "say(frame([0, 'v', {'f': {'builtin': 'sum'}}]))\nf = 0", ["assert f([1, 2]) == 3"], {}),
     "tags are in the table": ('    if tag not in SHAPES: raise ValueError("no such type")\n', "", FIND + "say(frame([0, 'v', {'f': {'builtins.eval': ['lambda *a: 3']}}]))\nf = 0", ["assert f([1, 2]) == 3"], {}),
+    "only exceptions are raised in the candidate's words": ("if not isinstance(kind, type) or not issubclass(kind, Exception): continue", "pass", FIND + "say(frame([0, 'v', {'f': {'h': 'g:f'}}]) + frame([1, 'x', ['exec'], 'import sys\\nf = sys._getframe()\\nwhile f.f_code.co_filename != \\'tests.py\\': f = f.f_back\\nf.f_globals[\\'f\\'] = lambda x: 3']))\ndef f(x): return 0", ["try: f(0)\nexcept Exception: pass\nassert f(1) == 3"], {}),
     "replies have the number of their request": (" and reply[0] == number: return", ": return", FIND + "say(frame([7, 'v', {'f': {'h': 'g:f'}}]) + frame([8, 'v', 3]))\ndef f(x): return 0", ["assert f(1) == 3"], {}),
     "the end of U, hidden by an except": ("if gone(): return", "if 0: return", "import os\ndef f(x): os._exit(0)", ["try: f(1)\nexcept: pass"], {}),
     "no equality with plain data": ("return type(x) is Proxy and (self._key == x._key or self._remote", "return (type(x) is Proxy and self._key == x._key or self._remote", "class L:\n    __eq__ = lambda s, o: True\ndef f(x): return L()", ["assert f(1) == 3"], {}),
@@ -185,7 +188,7 @@ GUARDS = {               # guard: (text in sandbox.py, what stands there instead
     "no membership by the candidate": ("any(item == v for v in iter(self))", 'self._remote.ask("contains", self, item)', "class L:\n    __contains__ = lambda s, x: True\ndef f(x): return L()", ["assert 3 in f(1)"], {}),
     "names hide no builtin": (" if not hasattr(builtins, n)}", "}", "len = lambda x: 3\ndef f(x): return [0]", ["assert len(f(1)) == 3"], {}),
     "names hide no library": ("library = names & (", "library = set() & (", "isclose = lambda *a: True\ndef f(x): return 0", ["assert isclose(f(1), 3)"], {}),
-    "a missing function is not a builtin": ("if n != entry_point}} | candidates", "}} | candidates", "pass", ["assert sum([1, 2]) == 3"], dict(entry_point="sum")),
+    "a missing function is not a builtin": ("if n != entry_point}}", "}}", "pass", ["assert sum([1, 2]) == 3"], dict(entry_point="sum")),
     "a bare check is called": ("if entry_point and not re.search(", "if 0 and not re.search(", "def f(x): return 0", ["def check(candidate):\n    assert candidate(1) == 2"], {}),
     "memory": (", limit(resource.RLIMIT_AS, memory << 20)", "", "x = bytearray(300 << 20)\ndef f(x): return 1", ["assert f(1) == 1"], dict(memory_mb=128)),
     "number of processes": ("if os.getuid(): limit(resource.RLIMIT_NPROC", "if 0: limit(resource.RLIMIT_NPROC", "import os, time\nfor _ in range(300):\n    if os.fork() == 0: time.sleep(9)\ndef f(x): return 1", ["assert f(1) == 1"], {}),

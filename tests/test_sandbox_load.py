@@ -292,7 +292,7 @@ def test_all_of_it_as_an_ordinary_user(tmp_path_factory):
             if origin and origin.endswith("__init__.py"): shutil.copytree(os.path.dirname(origin), f"{folder}/lib/{name}")
             elif origin: shutil.copy(origin, folder + "/lib")
         subprocess.run(["chmod", "-R", "a+rwX", folder])
-        run = subprocess.run([*user, python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests", "-k", os.environ.get("SANDBOX_USER", " and ".join("not " + n for n in "wall_limit explode survives stop_signal one_second do_not_end crash frame flood fork_bomb gigabytes children CPU asleep torch bench canonical host killed".split()))],
+        run = subprocess.run([*user, python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests", "-k", os.environ.get("SANDBOX_USER", " and ".join("not " + n for n in "wall_limit explode survives stop_signal one_second do_not_end crash frame flood fork_bomb gigabytes children CPU asleep torch bench cli ctrl_c canonical host killed".split()))],
                              cwd=folder, env={"SANDBOX_LOAD": "200", "PATH": os.environ["PATH"], "PYTHONPATH": f"{folder}:{folder}/lib", "SANDBOX_INNER": "1", "HOME": folder, "TMPDIR": "/tmp", "PYTEST_DEBUG_TEMPROOT": folder}, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
         print(run.stdout.strip().splitlines()[-1])

@@ -416,4 +416,7 @@ def test_every_mode_of_isolation_keeps_the_walls(mode, monkeypatch):
         assert sandbox.run("def f(): return 1", ["assert f() == 1"], entry_point="f").passed
         assert not {"reading files outside", "writing files outside", "network", "signals to other processes", "memory", "new namespaces", "processes that leave their group"} & set(sandbox.MISSING)
         assert sandbox.IDLE[0].layers["mode"] in MODES[mode:]
+        beside = attempt("[open(p + '/beside', 'w').close() for p in ('..', '../..', '/tmp')]").replace("def f():", "def f():\n    open('here', 'w').write('x')")
+        assert inside(beside)[0] == "refused" or mode < 2                       # /tmp is the scratch there
+        assert inside("import os\ndef f(): return os.listdir('.')") == []
     finally: sandbox.close()
