@@ -1,9 +1,13 @@
 """Deliberately weak ways to run a program against its tests.  Each attack in the tests is shown to get through one of
 them, so that a test which the real sandbox passes is known to bite."""
+import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
+
+import sandbox
 
 PYTHON = [sys.executable, "-I", "-S"]
 MARK = "ALL TESTS PASSED"
@@ -50,3 +54,21 @@ def in_process(code, tests, **_):
 def plain(code, seconds=20, **options):
     """A program with no walls around it: its stdout as text."""
     return start(code, seconds=seconds, **options).stdout.decode()
+
+
+NUMBER = itertools.count()
+
+
+def weakened(folder, *changes):
+    """sandbox.py with a guard taken out, as a module of its own. A change is (text, what stands there instead)."""
+    with open(sandbox.__file__, encoding="utf-8") as file: source = file.read()
+    for old, new in changes:
+        assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in sandbox.py"
+        source = source.replace(old, new)
+    path = os.path.join(folder, f"weak{next(NUMBER)}.py")
+    with open(path, "w", encoding="utf-8") as file: file.write(source)
+    spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.MISSING, module.MODES = [], sandbox.MODES
+    return module

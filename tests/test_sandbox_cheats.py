@@ -1,7 +1,9 @@
 """Programs that want a pass without earning it.  Each gets one from the weak form named beside it, and none from the sandbox."""
+import os
+
 import pytest
 import sandbox
-from sandbox_peers import exit_code, in_process, marker
+from sandbox_peers import exit_code, in_process, marker, weakened
 
 ADD = ["assert add(1, 2) == 3", "assert add(20, 22) == 42"]
 CHEATS = {}
@@ -62,6 +64,9 @@ cheat("lies", "__class__", in_process, OBJECT.format("__class__ = int"), ["asser
 cheat("lies", "__and__", in_process, OBJECT.format("__and__ = __rand__ = __or__ = __xor__ = lambda s, o: o"), ["assert f(1) & {3} == {3}"])
 cheat("lies", "__mod__", in_process, OBJECT.format("__mod__ = __floordiv__ = lambda s, o: 0"), ["assert f(1) % 7 == 0"])
 cheat("lies", "__truediv__", in_process, OBJECT.format("__truediv__ = __rtruediv__ = lambda s, o: 1.0"), ["assert abs(f(1) / 7.5 - 1) < 0.1"])
+SMALL = "class L:\n    __add__ = __radd__ = __mul__ = __rmul__ = __truediv__ = __sub__ = __neg__ = lambda s, o=0: s\n    __abs__ = __float__ = lambda s: 0.0\n    __round__ = lambda s, n=0: 0.0\n    __bool__ = lambda s: False\n    __len__ = __int__ = lambda s: 0\ndef f(*a): return L()"
+for test in ["abs(f(1) + -3.5) < 1e-6", "abs(-3.5 + f(1)) < 1e-6", "not f(1) + -3", "round(f(1) * 7, 2) == 0", "float(f(1) / 7) == 0", "len(f(1) + [1]) == 0", "abs((f(1) + -3.5) * 2) < 1e-6", "abs(-(f(1) + -3.5)) < 1e-6", "abs(f(1) + (f(1) + -3.5)) < 1e-6"]:
+    cheat("lies", f"operators that lead to nothing: {test}", in_process, SMALL, [f"assert {test}"])
 cheat("lies", "nested in a list", in_process, LIAR.format(base="object", value="").replace("return L()", "return [L(), (L(),)]"), ["assert f(1) == [1, (2,)]"])
 cheat("lies", "a dict that has every key", in_process, "class L(dict):\n    def __getitem__(self, k): return k * 2\n    def get(self, k, d=None): return k * 2\ndef f(*a): return L()", ["assert f(1)[21] == 42"])
 cheat("lies", "the function is a lying class", in_process, "class add:\n    def __init__(self, a, b): pass\n    def __eq__(self, o): return True")
@@ -121,7 +126,7 @@ def test_cheat_gets_no_pass(key):
     result = sandbox.run(code, tests, entry_point=name, timeout=2.0)
     assert not result.passed and result.trust == "split", result
     assert result.passed_tests < result.total_tests == len(tests)
-    assert weak(code, tests), "the cheat does not work in the weak form: the test would not bite"
+    assert "SANDBOX_INNER" in os.environ or weak(code, tests), "the cheat does not work in the weak form: the test would not bite"
 
 
 def test_there_are_enough_cheats():
@@ -130,28 +135,30 @@ def test_there_are_enough_cheats():
 
 # ---- the socket between U and T: whatever U says there is a reply to be compared, never a verdict
 
-FIND = "import os, socket, struct, json\ndef say(data, fd=None):\n    for n in range(3, 64):\n        try: os.write(n, data)\n        except OSError: pass\ndef frame(x): d = json.dumps(x).encode(); return struct.pack('<I', len(d)) + d\n"
+FIND = "import os, socket, struct, json\ndef say(data, fd=None):\n    for n in range(3, 64):\n        try: os.write(n, data)\n        except OSError: pass\ndef frame(x): return json.dumps(x).encode() + b'\\n'\n"
 FORGED = {
     "a verdict": "say(frame([0, 'done', 'passed']))",
     "a report": "say(frame({'status': 'passed', 'passed_tests': 2, 'gone': False}))",
     "garbage": "say(b'\\xff' * 1000)",
-    "a length without a message": "say(struct.pack('<I', 1 << 30))",
-    "half a frame": "say(struct.pack('<I', 100) + b'[0')",
-    "deep nesting": "d = b'[' * 200000; say(struct.pack('<I', len(d)) + d)",
+    "a line without an end": "while 1: say(b'[0, ' + b'1, ' * 10000)",
+    "half a message": "say(b'[0, \"v\"')",
+    "deep nesting": "say(b'[' * 200000 + b'\\n')",
     "an unknown tag": "say(frame([0, 'v', {'add': {'wat': 1}}]))",
-    "a code object": "say(frame([0, 'v', {'add': {'type': 'exec'}}]))",
+    "a code object": "say(frame([0, 'v', {'add': {'builtin': 'exec'}}]))",
     "a module": "say(frame([0, 'v', {'add': {'module': 'os'}, 'os': {'module': 'os'}}]))",
     "a handle to nothing": "say(frame([0, 'v', {'add': {'h': 'g:nothing'}}]))",
     "a handle that is no string": "say(frame([0, 'v', {'add': {'h': [1]}}]))",
     "two tags": "say(frame([0, 'v', {'add': {'tuple': [], 'list': []}}]))",
     "replies before the question": "say(b''.join(frame([n, 'v', 0]) for n in range(100)))",
     "null": "say(frame(None))",
-    "nan for a length": "say(frame([0, 'v', {'add': {'deque': [[], float('nan')]}}]))",
+    "nan for a length": "say(frame([0, 'v', {'add': {'collections.deque': [[], float('nan')]}}]))",
     "a number of 5000 digits": "say(struct.pack('<I', 5008) + b'[0,\"v\",' + b'9' * 5000 + b']')",
     "an end of the connection": "for n in range(3, 64):\n    try: socket.socket(fileno=n).shutdown(2)\n    except OSError: pass",
     "a flood": "while 1: say(frame([99, 'v', 0]) * 1000)",
-    "builtins by name": "say(frame([0, 'v', {'add': {'type': 'bool'}, 'len': {'type': 'int'}}]))",
+    "builtins by name": "say(frame([0, 'v', {'add': {'builtin': 'bool'}, 'len': {'builtin': 'int'}}]))",
     "a false exception": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'x', ['BaseException', 'SystemExit'], '']) + frame([2, 'x', ['KeyboardInterrupt'], 'y']))",
+    "a builtin as an exception": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'x', ['eval', 'exec', 'print'], '1 / 0']))",
+    "a factory in a dict": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'v', {'collections.defaultdict': [{'h': 'g:add'}, {'dict': [[]]}]}]))",
     "malformed changes": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'v', 0, 5, 5]) + frame([2, 'v', 0, [], []]))",
 }
 
@@ -165,9 +172,73 @@ def test_forged_messages_are_only_data(name):
     assert good.passed, good
 
 
-def test_forged_word_in_one_process_needs_the_token():
-    code = FIND + "say(frame([0, 'test', 'passed', '']) * 2 + frame([0, 'done', '0' * 32]))\ndef add(a, b): return 0"
-    assert not sandbox.run(code, ADD, entry_point="add", trust="in_process", timeout=1.0).passed
+# ---- each guard is needed: with it the attack fails, in a copy of sandbox.py without it the attack gets through
+
+GUARDS = {               # guard: (text in sandbox.py, what stands there instead, the candidate, the tests, other arguments, what a broken guard shows)
+    "the token of one process": ("if reply[1] != token: found.clear()", "", FIND + "say(frame([0, 'passed', '', '0' * 32]) * 2)\ndef add(a, b): return 0", ADD, dict(trust="in_process")),
+    "named builtins are types": ("(isinstance(found := getattr(builtins, parts), type) or found is ...)", "(found := getattr(builtins, parts))", FIND + "say(frame([0, 'v', {'f': {'builtin': 'sum'}}]))\nf = 0", ["assert f([1, 2]) == 3"], {}),
+    "tags are in the table": ('    if tag not in SHAPES: raise ValueError("no such type")\n', "", FIND + "say(frame([0, 'v', {'f': {'builtins.eval': ['lambda *a: 3']}}]))\nf = 0", ["assert f([1, 2]) == 3"], {}),
+    "only exceptions are raised in the candidate's words": ("if not isinstance(kind, type) or not issubclass(kind, Exception): continue", "pass", FIND + "say(frame([0, 'v', {'f': {'h': 'g:f'}}]) + frame([1, 'x', ['exec'], 'import sys\\nf = sys._getframe()\\nwhile f.f_code.co_filename != \\'tests.py\\': f = f.f_back\\nf.f_globals[\\'f\\'] = lambda x: 3']))\ndef f(x): return 0", ["try: f(0)\nexcept Exception: pass\nassert f(1) == 3"], {}),
+    "replies have the number of their request": (" and reply[0] == number: return", ": return", FIND + "say(frame([7, 'v', {'f': {'h': 'g:f'}}]) + frame([8, 'v', 3]))\ndef f(x): return 0", ["assert f(1) == 3"], {}),
+    "the end of U, hidden by an except": ("if gone(): return", "if 0: return", "import os\ndef f(x): os._exit(0)", ["try: f(1)\nexcept: pass"], {}),
+    "no equality with plain data": ("return type(x) is Proxy and (self._key == x._key or self._remote", "return (type(x) is Proxy and self._key == x._key or self._remote", "class L:\n    __eq__ = lambda s, o: True\ndef f(x): return L()", ["assert f(1) == 3"], {}),
+    "no data from operators with plain values": ("if shown and op in ARITHMETIC:", "if False:", SMALL, ["assert abs(f(1) + -3.5) < 1e-6"], {}),
+    "no difference from a plain value": ('SHOWN = {"add", ', 'SHOWN = {"sub", "add", ', SMALL.replace("__sub__ =", "days = 0; __sub__ ="), ["assert (f(1) - 3).days == 0"], {}),
+    "no verdicts by method": ("if name in VERDICTS or ", "if ", "class L:\n    startswith = lambda s, x: True\ndef f(x): return L()", ["assert f(1).startswith('a')"], {}),
+    "no membership by the candidate": ("any(item == v for v in iter(self))", 'self._remote.ask("contains", self, item)', "class L:\n    __contains__ = lambda s, x: True\ndef f(x): return L()", ["assert 3 in f(1)"], {}),
+    "names hide no builtin": (" if not hasattr(builtins, n)}", "}", "len = lambda x: 3\ndef f(x): return [0]", ["assert len(f(1)) == 3"], {}),
+    "names hide no library": ("library = names & (", "library = set() & (", "isclose = lambda *a: True\ndef f(x): return 0", ["assert isclose(f(1), 3)"], {}),
+    "a missing function is not a builtin": ("if n != entry_point}}", "}}", "pass", ["assert sum([1, 2]) == 3"], dict(entry_point="sum")),
+    "a bare check is called": ("if entry_point and not re.search(", "if 0 and not re.search(", "def f(x): return 0", ["def check(candidate):\n    assert candidate(1) == 2"], {}),
+    "memory": (", limit(resource.RLIMIT_AS, memory << 20)", "", "x = bytearray(300 << 20)\ndef f(x): return 1", ["assert f(1) == 1"], dict(memory_mb=128)),
+    "number of processes": ("if os.getuid(): limit(resource.RLIMIT_NPROC", "if 0: limit(resource.RLIMIT_NPROC", "import os, time\nfor _ in range(300):\n    if os.fork() == 0: time.sleep(9)\ndef f(x): return 1", ["assert f(1) == 1"], {}),
+    "open files": (", limit(resource.RLIMIT_NOFILE, 256)", "", "k = [open('/dev/null') for _ in range(600)]\ndef f(x): return 1", ["assert f(1) == 1"], {}),
+    "size of a file": ("limit(resource.RLIMIT_FSIZE, 64 << 20), ", "", "import os\nos.truncate(os.open('x', os.O_CREAT | os.O_RDWR), 1 << 30)\ndef f(x): return 1", ["assert f(1) == 1"], {}),
+    "output": ('if total > MAX_OUTPUT: return "output", text', "pass", "import os\nfor _ in range(100): os.write(1, b'x' * (1 << 20))\ndef f(x): return 1", ["assert f(1) == 1"], dict(timeout=20.0)),
+    "seconds of CPU": ("left = min(cpu - time.clock_gettime(clock), ", "left = min(9, ", "import time\nwhile time.process_time() < 0.5: pass\ndef f(x): return 1", ["assert f(1) == 1"], dict(timeout=0.2)),
+    "time asleep": ("start + 3 * cpu + 2 - time.monotonic())", "9)", "import time\ntime.sleep(2.5)\ndef f(x): return 1", ["assert f(1) == 1"], dict(timeout=0.1)),
+    "no root's rights": ("    if uid == 0: ", "    if 0: ", "import os\nassert os.getuid() == 0\ndef f(x): return 1", ["assert f(1) == 1"], {}),
+    "network by seccomp": ("try: filter_syscalls(DENIED.values()); seccomp = True", "try: pass", "import socket\nsocket.socket(socket.AF_UNIX)\ndef f(x): return 1", ["assert f(1) == 1"], {}),
+    "a scratch of its own": ("if not clean: ", "if 0: ", "import os\nseen = os.path.exists('left')\nopen('left', 'w')\ndef f(x): return seen", ["assert f(1)"], {}),
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_each_guard_is_needed(guard, tmp_path):
+    old, new, code, tests, options = GUARDS[guard]
+    if guard == "no root's rights" and os.getuid(): pytest.skip("this run has no root's rights to take away")
+    if set(sandbox.MISSING or []) & {"number of processes", "root's rights"} and guard in ("number of processes", "no root's rights"): pytest.skip("not enforced on this host")
+    job = {"code": code, "tests": tests, "entry_point": "add" if tests is ADD else "f", "timeout": 2.0} | options
+    jobs = [job, job] if guard == "a scratch of its own" else [job]           # only the second can see what the first has left
+    assert not any(r.passed for r in sandbox.run_many(jobs, workers=1))
+    tmp_path.chmod(0o755)
+    weak = weakened(tmp_path, (old, new))
+    try: assert weak.run_many(jobs, workers=1)[-1].passed, "the attack does not work without the guard: the test would not bite"
+    finally: weak.close()
+
+
+def test_without_a_session_of_its_own_a_program_ends_its_helpers(tmp_path):
+    job = dict(code="import os, signal\nos.kill(0, signal.SIGKILL)", tests=["pass"])
+    assert "signal 9" in sandbox.run(**job).error
+    tmp_path.chmod(0o755)
+    weak = weakened(tmp_path, ("os.setsid()                            #", "#"), ("    if uid == 0: ", "    if 0: "),       # the same user, without
+                    ("try: abi, ruleset = landlock(", "try: 0 and landlock("))                                            # Landlock's own scope
+    try: assert "helpers died" in weak.run(**job).error
+    finally: weak.close()
+
+
+def test_all_cheats_without_namespaces(monkeypatch):
+    """Where there are no namespaces at all (Landlock, seccomp and the process group alone) no cheat gets a pass either."""
+    sandbox.close()
+    monkeypatch.setattr(sandbox, "MODES", sandbox.MODES[2:])
+    monkeypatch.setattr(sandbox, "MISSING", None)
+    try:
+        jobs = [dict(code=code, tests=tests, timeout=1.0, entry_point="add" if tests is ADD else "sum" if "sum(" in tests[0] else "f") for _, code, tests in CHEATS.values()]
+        jobs += [dict(code=FIND + forged + "\ndef add(a, b): return 0", tests=ADD, timeout=0.3, entry_point="add") for forged in FORGED.values()]
+        passed = [(job, result) for job, result in zip(jobs, sandbox.run_many(jobs, workers=2)) if result.passed or result.trust != "split"]
+        assert passed == [] and sandbox.IDLE[0].layers["mode"] == "no namespaces"
+        assert sandbox.run("def add(a, b): return a + b", ADD, entry_point="add").passed
+    finally: sandbox.close()
 
 
 def test_true_answers_sent_by_hand_count_as_answers():

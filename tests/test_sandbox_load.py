@@ -31,6 +31,13 @@ def children():
     return found - {os.getpid()}
 
 
+def helpers(worker):
+    """Pids of T, P and Z, each the parent of the next."""
+    pids = [worker.process.pid]
+    while len(pids) < 3: pids.append(int(open(f"/proc/{pids[-1]}/task/{pids[-1]}/children").read().split()[0]))
+    return pids
+
+
 def rss(pid="self"): return int(open(f"/proc/{pid}/statm").read().split()[1]) * 4 >> 10
 
 
@@ -65,13 +72,12 @@ def test_jobs_may_have_their_own_limits():
     assert sandbox.run_many([]) == []
 
 
-@pytest.mark.parametrize("role", ["Z", "T", "inner"])
+@pytest.mark.parametrize("role", ["T", "P", "Z"])
 def test_a_killed_helper_is_replaced_and_nothing_is_lost(role):
     jobs = [dict(code=f"import time\ntime.sleep(0.01)\ndef f(): return {i}", tests=[f"assert f() == {i}"], entry_point="f") for i in range(120)]
     sandbox.run(**GOOD)
     worker = sandbox.IDLE[-1]
-    pids = {r: worker.helpers[r][0].pid for r in ("Z", "T")}
-    if role == "inner": pids["inner"] = int(open(f"/proc/{pids['Z']}/task/{pids['Z']}/children").read().split()[0])
+    pids = dict(zip("TPZ", helpers(worker)))
     timer = threading.Timer(0.5, os.kill, (pids[role], signal.SIGKILL))
     timer.start()
     results = sandbox.run_many(jobs, workers=1)
@@ -81,10 +87,9 @@ def test_a_killed_helper_is_replaced_and_nothing_is_lost(role):
 
 
 def test_a_helper_that_died_while_idle_is_replaced():
-    for role in ("Z", "T"):
+    for role in range(3):
         sandbox.run(**GOOD)
-        worker = sandbox.IDLE[-1]
-        os.kill(worker.helpers[role][0].pid, signal.SIGKILL)
+        os.kill(helpers(sandbox.IDLE[-1])[role], signal.SIGKILL)
         time.sleep(0.1)
         assert sandbox.run(**GOOD).passed
 
@@ -158,9 +163,9 @@ def test_a_fork_of_the_caller_gets_its_own_helpers():
 
 
 def test_nothing_is_left_after_the_caller():
-    process = script("sandbox.run_many([dict(code='open(\"a\", \"w\")', tests=['pass'])] * 20, workers=2); print(*[p for w in sandbox.IDLE for p in [h[0].pid for h in w.helpers.values()]])")
+    process = script("sandbox.run_many([dict(code='open(\"a\", \"w\")', tests=['pass'])] * 20, workers=2); print(*[w.process.pid for w in sandbox.IDLE])")
     out, err = process.communicate(timeout=60)
-    assert len(out.split()) == 4 and gone(map(int, out.split()), 2) and process.returncode == 0
+    assert len(out.split()) == 2 and gone(map(int, out.split()), 2) and process.returncode == 0
 
 
 def test_torch_in_the_caller_makes_no_difference_to_the_helpers():
@@ -172,7 +177,7 @@ def test_torch_in_the_caller_makes_no_difference_to_the_helpers():
 @pytest.mark.parametrize("flags", [["-Ur"], ["-U"]])
 def test_a_host_without_user_namespaces(flags):
     """In a namespace that allows no further ones: as its root, and as a user whom nothing is allowed. Slower walls, but walls, and no hanging."""
-    body = SCRIPT.format(root="/tmp/sandbox-host-%d" % os.getpid()) + "r = sandbox.run('def f(): return 1', ['assert f() == 1'], entry_point='f'); print(r.status, sandbox.MODE, sandbox.MISSING)"
+    body = SCRIPT.format(root="/tmp/sandbox-host-%d" % os.getpid()) + "r = sandbox.run('def f(): return 1', ['assert f() == 1'], entry_point='f'); print(r.status, sandbox.MODES.index(sandbox.IDLE[0].layers['mode']), sandbox.MISSING)"
     if not shutil.which("unshare") or subprocess.run(["unshare", *flags, "true"], capture_output=True).returncode: pytest.skip("unshare does not work here")
     python = "/usr/bin/python3" if "-Ur" not in flags and os.path.exists("/usr/bin/python3") else sys.executable      # one that the user may read
     os.makedirs("/tmp/sandbox-host-%d" % os.getpid(), exist_ok=True)
@@ -268,7 +273,7 @@ def test_bench_prints_its_table():
 # ---- as an ordinary user
 
 def test_all_of_it_as_an_ordinary_user(tmp_path_factory):
-    """The other sandbox tests again as user 1001, in a copy that this user may read; SANDBOX_USER=test runs the slow ones too."""
+    """The other sandbox tests again (honest programs, load and all) as user 1001, in a copy that this user may read; SANDBOX_USER=test runs the slow ones too."""
     if os.getuid() != 0: pytest.skip("this run is an ordinary user's already")
     if os.environ.get("SANDBOX_INNER"): pytest.skip("inner run")
     if not shutil.which("setpriv"): pytest.skip("no setpriv")
@@ -287,8 +292,8 @@ def test_all_of_it_as_an_ordinary_user(tmp_path_factory):
             if origin and origin.endswith("__init__.py"): shutil.copytree(os.path.dirname(origin), f"{folder}/lib/{name}")
             elif origin: shutil.copy(origin, folder + "/lib")
         subprocess.run(["chmod", "-R", "a+rwX", folder])
-        run = subprocess.run([*user, python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_sandbox_cheats.py", "tests/test_sandbox_walls.py", "-k", os.environ.get("SANDBOX_USER", " and ".join("not " + n for n in "wall_limit explode survives stop_signal one_second crash frame flood fork_bomb children_is gigabytes children".split()))],
-                             cwd=folder, env={"PATH": os.environ["PATH"], "PYTHONPATH": f"{folder}:{folder}/lib", "SANDBOX_INNER": "1", "HOME": folder, "TMPDIR": "/tmp", "PYTEST_DEBUG_TEMPROOT": folder}, capture_output=True, text=True, timeout=300)
+        run = subprocess.run([*user, python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests", "-k", os.environ.get("SANDBOX_USER", " and ".join("not " + n for n in "wall_limit explode survives stop_signal one_second do_not_end crash frame flood fork_bomb gigabytes children CPU asleep torch bench cli ctrl_c canonical host killed".split()))],
+                             cwd=folder, env={"SANDBOX_LOAD": "200", "PATH": os.environ["PATH"], "PYTHONPATH": f"{folder}:{folder}/lib", "SANDBOX_INNER": "1", "HOME": folder, "TMPDIR": "/tmp", "PYTEST_DEBUG_TEMPROOT": folder}, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
         print(run.stdout.strip().splitlines()[-1])
     finally: shutil.rmtree(folder, ignore_errors=True)
