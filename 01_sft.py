@@ -434,7 +434,7 @@ def save_model(model, tokenizer, directory, weights=None):
     """
     temporary = Path(f"{directory}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=weights or merged_weights(model))
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
         shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
@@ -695,7 +695,7 @@ def load_parts(model, optimizer, weights, state):
 
 def shared_save(model, tokenizer, directory):
     """`save_model` by rank 0; the parts of a sharded model come together first."""
-    weights = None
+    weights = merged_weights(model) if rank() == 0 else None
     if isinstance(model, FSDPModule):
         first = {name for name, _ in model.named_parameters()}  # of tied weights one, as safetensors wants it
         tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first

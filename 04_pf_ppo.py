@@ -524,7 +524,7 @@ def save_model(model, tokenizer, directory, weights=None):
     """
     temporary = Path(f"{directory}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=weights or merged_weights(model))
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
         shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
@@ -873,6 +873,22 @@ def model_inputs(mb):
             torch.cat([mb["prompt_mask"], mb["response_mask"]], 1))
 
 
+def response_logprobs(model, input_ids, attention_mask, response_length, temperature):
+    """Log-probability of each of the last `response_length` tokens under the model's sampling distribution.
+
+    Args: input_ids, attention_mask: (B, P + T), prompts padded left, responses right; response_length: T.
+    Returns: (B, T) float32; on padding the values mean nothing and are to be masked.
+    """
+    # Left padding shifts a row to the right: without positions from the mask the same row would differ by its neighbours.
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    with autocast(input_ids.device):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False,
+                       logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
+    logits = logits[:, :-1].float() / temperature  # position t predicts token t + 1
+    targets = input_ids[:, -response_length:]
+    return torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1)
+
+
 class TargetLogprobs(torch.autograd.Function):
     """log softmax(hidden W^T / temperature) at the targets, in both passes for a part of the rows at a time.
 
@@ -946,24 +962,14 @@ def logits_are_plain(model):
     return getattr(head, "bias", None) is None and torch.equal(logits, plain[0])
 
 
-def response_logprobs(model, input_ids, attention_mask, response_length, temperature, logits_mb=0):
-    """Log-probability of each of the last `response_length` tokens under the model's sampling distribution.
-
-    Args: input_ids, attention_mask: (B, P + T), prompts padded left, responses right; response_length: T.
-        logits_mb: logits that would take more than this in float32, MB, are computed in parts; 0: never.
-    Returns: (B, T) float32; on padding the values mean nothing and are to be masked.
-    """
-    # Left padding shifts a row to the right: without positions from the mask the same row would differ by its neighbours.
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+def response_logprobs_in_parts(model, input_ids, attention_mask, response_length, temperature, logits_mb):
+    """`response_logprobs`, but logits that would take more than `logits_mb` MB in float32 are computed in parts (0: never)."""
     targets = input_ids[:, -response_length:]
-    if logits_mb and targets.numel() * model.config.vocab_size > logits_mb * 2**18:  # a float32 has four bytes
-        real = attention_mask[:, -response_length:] == 1  # padding needs no logits
-        return target_logprobs(model, targets, real, temperature, logits_mb, **inputs)
-    with autocast(input_ids.device):
-        logits = model(**inputs, use_cache=False, logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
-    logits = logits[:, :-1].float() / temperature  # position t predicts token t + 1
-    return torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1)
+    if not logits_mb or targets.numel() * model.config.vocab_size <= logits_mb * 2**18:  # a float32 has four bytes
+        return response_logprobs(model, input_ids, attention_mask, response_length, temperature)
+    return target_logprobs(model, targets, attention_mask[:, -response_length:] == 1, temperature, logits_mb,
+                           input_ids=input_ids, attention_mask=attention_mask,
+                           position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0))
 
 
 def response_values(critic, input_ids, attention_mask, response_length):
@@ -1382,7 +1388,7 @@ def load_parts(model, optimizer, weights, state):
 
 def shared_save(model, tokenizer, directory):
     """`save_model` by rank 0; the parts of a sharded model come together first."""
-    weights = None
+    weights = merged_weights(model) if rank() == 0 else None
     if isinstance(model, FSDPModule):
         first = {name for name, _ in model.named_parameters()}  # of tied weights one, as safetensors wants it
         tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
@@ -1486,7 +1492,8 @@ def main(cfg):
         return max(defined, key=defined.get), defined
 
     def logprobs_of(model, mb):
-        return response_logprobs(model, *model_inputs(mb), mb["response_ids"].shape[1], cfg.temperature, logits_mb)
+        return response_logprobs_in_parts(model, *model_inputs(mb), mb["response_ids"].shape[1], cfg.temperature,
+                                          logits_mb)
 
     def forward_shared(function, rows):
         """`forward_rows` -> (B, T), each process for a part of the rows."""

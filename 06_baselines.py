@@ -414,23 +414,6 @@ def load_model(model_class, path, device, tokens=0, dtype=torch.float32, frozen=
     return model.to(device)
 
 
-def merged_weights(model):
-    """State dict of a model with LoRA adapters as if it had none: W + B A in float32, under the plain names. None without."""
-    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}
-    if not adapted:
-        return None  # save_pretrained then takes the model's own
-    weights, copies = {}, {}
-    for name, weight in model.state_dict().items():
-        module, _, kind = name.rpartition(".base_layer.")
-        if ".lora_" in name:
-            continue
-        weight = copies.setdefault(weight.data_ptr(), weight.float().cpu())  # tied weights stay one tensor
-        if module and kind == "weight":
-            weight = weight + adapted[module].get_delta_weight("default").float().cpu()
-        weights[f"{module}.{kind}" if module else name] = weight
-    return weights
-
-
 def save_model(model, tokenizer, directory, weights=None):
     """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete.
 
@@ -438,7 +421,7 @@ def save_model(model, tokenizer, directory, weights=None):
     """
     temporary = Path(f"{directory}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=weights or merged_weights(model))
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
         shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
@@ -667,84 +650,19 @@ def model_inputs(mb):
             torch.cat([mb["prompt_mask"], mb["response_mask"]], 1))
 
 
-class TargetLogprobs(torch.autograd.Function):
-    """log softmax(hidden W^T / temperature) at the targets, in both passes for a part of the rows at a time.
-
-    The backward pass computes the logits once more: d logprob / d logits = (onehot(target) - softmax) / temperature.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, size):
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.size = temperature, size
-        logprobs = []
-        for h, t in zip(hidden.split(size), targets.split(size)):
-            logits = torch.nn.functional.linear(h, weight)  # (size, V)
-            ctx.dtype = logits.dtype  # bf16 under autocast
-            logits = logits.float() / temperature
-            logprobs.append(logits.gather(1, t[:, None]).squeeze(1) - logits.logsumexp(1))
-        return torch.cat(logprobs)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        hidden, weight, targets = ctx.saved_tensors
-        w = weight.to(ctx.dtype)
-        hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for h, t, g, out in zip(*(x.split(ctx.size) for x in (hidden, targets, gradient, hidden_gradient))):
-            h = h.to(ctx.dtype)
-            p = torch.softmax((h @ w.T).float() / ctx.temperature, 1)
-            p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0))
-            p = p.mul_(-g[:, None] / ctx.temperature).to(ctx.dtype)
-            out.copy_(p @ w)
-            if weight_gradient is not None:
-                weight_gradient += p.T @ h
-        if weight_gradient is not None:
-            weight_gradient = weight_gradient.to(weight.dtype)
-        return hidden_gradient, weight_gradient, None, None, None
-
-
-def target_logprobs(model, targets, real, temperature, logits_mb, **inputs):
-    """Log-probability of each target under softmax(logits / temperature), without all logits at once.
-
-    In float32 the logits of 48 responses of 512 tokens and a vocabulary of 152k take 15 GB, their gradient as much again, and
-    more than the model. Here a part of them is computed, used and forgotten, and computed once more in the backward pass.
-
-    Args: targets, real: (B, T) token ids that follow the last T positions but one of `inputs`, and where they count;
-        logits_mb: size of a part in float32, MB. `logits_are_plain(model)` must hold. Returns: (B, T) float32, 0 where not real.
-    """
-    head = model.get_output_embeddings()
-    size = max(1, int(logits_mb * 2**18 / head.weight.shape[0]))  # rows; a float32 has four bytes
-
-    def in_parts(hidden):  # (B, T + 1, D); it stands in for the lm_head, as part of the model's own forward pass
-        logprobs = TargetLogprobs.apply(hidden[:, :-1][real], head.weight, targets[real], temperature, size)
-        return torch.zeros(real.shape, device=real.device).masked_scatter(real, logprobs)
-
-    head.forward = in_parts
-    try:
-        with autocast(targets.device):
-            return model(**inputs, use_cache=False, logits_to_keep=targets.shape[1] + 1).logits
-    finally:
-        del head.forward
-
-
-def response_logprobs(model, input_ids, attention_mask, response_length, temperature, logits_mb=0):
+def response_logprobs(model, input_ids, attention_mask, response_length, temperature):
     """Log-probability of each of the last `response_length` tokens under the model's sampling distribution.
 
     Args: input_ids, attention_mask: (B, P + T), prompts padded left, responses right; response_length: T.
-        logits_mb: logits that would take more than this in float32, MB, are computed in parts; 0: never.
     Returns: (B, T) float32; on padding the values mean nothing and are to be masked.
     """
     # Left padding shifts a row to the right: without positions from the mask the same row would differ by its neighbours.
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    targets = input_ids[:, -response_length:]
-    if logits_mb and targets.numel() * model.config.vocab_size > logits_mb * 2**18:  # a float32 has four bytes
-        real = attention_mask[:, -response_length:] == 1  # padding needs no logits
-        return target_logprobs(model, targets, real, temperature, logits_mb, **inputs)
     with autocast(input_ids.device):
-        logits = model(**inputs, use_cache=False, logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False,
+                       logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
     logits = logits[:, :-1].float() / temperature  # position t predicts token t + 1
+    targets = input_ids[:, -response_length:]
     return torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1)
 
 

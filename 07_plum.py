@@ -84,6 +84,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicLayer, get_cosine_schedule_with_warmup
+from transformers.pytorch_utils import Conv1D
 
 import sandbox
 
@@ -420,13 +421,27 @@ def check_model_path(path):
         fail(f"no model at {path}; run the stage that writes it first (README, the table of stages)")
 
 
-def load_tokenizer(path):
-    """A tokenizer with a pad token that is not EOS: else a mask made from ids would hide the EOS that we train."""
+def load_tokenizer(path, plain=False):
+    """A tokenizer whose EOS closes a response, with a pad token that is not EOS: else a mask made from ids would hide the
+    EOS that we train.
+
+    A chat template may close a turn with another token than the tokenizer's EOS (Gemma <end_of_turn>, Phi-3 <|end|>, ChatML
+    <|im_end|>). An instruction-tuned model emits that one, so it becomes the EOS. plain: without the template.
+    """
     check_model_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         fail(f"no tokenizer at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
+    if plain:
+        tokenizer.chat_template = None
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "RESPONSE"}]
+        _, found, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("RESPONSE")
+        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
+        if found and closing:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -434,11 +449,26 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def load_model(model_class, path, device, tokens=0, **options):
+def freeze(model, in_bf16):
+    """No gradients; with `in_bf16` the weights of matrix products in bf16, as autocast would make them at each use.
+
+    Embeddings and norms stay float32: they carry the residual stream, and a reference that rounds it has other logprobs
+    than the policy before the first update.
+    """
+    model.requires_grad_(False)
+    embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    for module in model.modules() if in_bf16 else ():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings:  # an lm_head may be tied
+            module.to(torch.bfloat16)
+    return model
+
+
+def load_model(model_class, path, device, tokens=0, dtype=torch.float32, frozen=False, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy, or ratios start off 1.
 
     Args: tokens: rows that the embedding must have, len(tokenizer). A pad token that `load_tokenizer` had to add gets the
         mean of the other rows: policy and reference get the same one, and no other token's logit changes.
+        dtype: of the weights, where not float32. frozen: without gradients, on a GPU half as large (`freeze`).
     """
     check_model_path(path)
     try:
@@ -447,7 +477,7 @@ def load_model(model_class, path, device, tokens=0, **options):
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
         config.classifier_dropout = 0.0  # where it is not set, the token classification head would take 0.1
-        model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
+        model = model_class.from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         fail(f"no model at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
     rows = model.get_input_embeddings().num_embeddings
@@ -455,14 +485,19 @@ def load_model(model_class, path, device, tokens=0, **options):
         model.resize_token_embeddings(tokens, mean_resizing=False)
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    if frozen:
+        freeze(model, device.type == "cuda")  # before it goes to the GPU
     return model.to(device)
 
 
-def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete."""
+def save_model(model, tokenizer, directory, weights=None):
+    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete.
+
+    weights: a state dict to save in place of the model's own.
+    """
     temporary = Path(f"{directory}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     if Path(directory).exists():
         shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
@@ -498,8 +533,11 @@ class PreallocatedLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            heads, width = key_states.shape[1], key_states.shape[3]
-            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width) for s in (key_states, value_states)]
+            heads, width, kind = key_states.shape[1], key_states.shape[3], key_states.device.type
+            # Under autocast attention reads bf16: kept in float32, the whole cache would be cast again at every token.
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key_states.dtype
+            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width, dtype=dtype)
+                            for s in (key_states, value_states)]
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         for buffer, states in zip(self.buffers, (key_states, value_states)):
@@ -519,17 +557,25 @@ class PreallocatedLayer(DynamicLayer):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size):
+def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size,
+             look_every=0):
     """Sample responses; faster than `model.generate` by a preallocated cache, prompts sorted by length and computed
     once for all their responses, and finished rows dropped from the batch.
 
     Args:
         prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
-        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device.
+        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device, or
+            the uniform numbers to use, one for each prompt, response and token.
+        look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
+            1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
     device, eos, training = model.device, tokenizer.eos_token_id, model.training
     model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
+    look_every = look_every or (1 if device.type == "cpu" else 16)
+    # A mask of two dimensions makes transformers look, too (is there any padding?); one of four it takes as it is.
+    four_dimensions = (look_every > 1 and model.config._attn_implementation == "sdpa"
+                       and not getattr(model.config, "sliding_window", None))
     responses = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     prompts_per_batch = max(1, batch_size // responses_per_prompt)
@@ -555,22 +601,29 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         for t in range(max_new_tokens):
             if temperature > 0:  # a uniform number falls into a token's share of the cumulative distribution
                 cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
-                uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                if isinstance(generator, torch.Generator):
+                    uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                else:
+                    uniform = generator[batch, :, t].flatten()[active, None] * cumulative[:, -1:]
                 chosen = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
             else:
                 chosen = logits.argmax(-1)
             tokens[active, t] = chosen
             going = going & (chosen != eos)
-            count = int(going.sum())
-            if count == 0 or t + 1 == max_new_tokens:
+            if t + 1 == max_new_tokens:
                 break
-            if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
-                keep = going.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                active, going, chosen = active[keep], going[keep], chosen[keep]
-                mask, positions = mask[keep], positions[keep]
-            logits = model(input_ids=chosen[:, None], attention_mask=mask[:, :width + t + 1], past_key_values=cache,
-                           position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
+            if (t + 1) % look_every == 0:
+                count = int(going.sum())
+                if count == 0:
+                    break
+                if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
+                    keep = going.nonzero().squeeze(1)
+                    cache.batch_select_indices(keep)
+                    active, going, chosen = active[keep], going[keep], chosen[keep]
+                    mask, positions = mask[keep], positions[keep]
+            seen = mask[:, :width + t + 1]
+            logits = model(input_ids=chosen[:, None], attention_mask=seen[:, None, None].bool() if four_dimensions else seen,
+                           past_key_values=cache, position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
         tokens = tokens.tolist()
         for row, i in enumerate(batch):
             responses[i] = [cut_at_eos(r, eos) for r in tokens[row * responses_per_prompt:][:responses_per_prompt]]

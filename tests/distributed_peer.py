@@ -40,7 +40,7 @@ def optimiser_steps(ppo, folder, sharded):
         def loss(mb):
             if name != "critic":
                 logits_mb = 1e-3 if name.endswith("parts") else 0  # five positions at a time
-                logprobs = ppo.response_logprobs(model, *ppo.model_inputs(mb), mb["response_ids"].shape[1], 1.0, logits_mb)
+                logprobs = ppo.response_logprobs_in_parts(model, *ppo.model_inputs(mb), mb["response_ids"].shape[1], 1.0, logits_mb)
                 return ppo.policy_loss(logprobs, mb["old_logprobs"], mb["advantages"], mb["response_mask"], 0.2)
             values = ppo.response_values(model, *ppo.model_inputs(mb), mb["response_ids"].shape[1])
             return ppo.value_loss(values, mb["old_values"], mb["returns"], mb["response_mask"], 0.2)

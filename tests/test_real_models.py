@@ -24,7 +24,7 @@ ARCHITECTURES = ["llama", "qwen2", "gpt2"]
 def policy_step(ppo, policy, optimizer, batch, logits_mb=0):
     """One optimiser step of `train_epoch` on `batch` -> its statistics."""
     def loss_of(mb):
-        logprobs = ppo.response_logprobs(policy, *ppo.model_inputs(mb), mb["response_ids"].shape[1], 1.0, logits_mb)
+        logprobs = ppo.response_logprobs_in_parts(policy, *ppo.model_inputs(mb), mb["response_ids"].shape[1], 1.0, logits_mb)
         return ppo.policy_loss(logprobs, mb["old_logprobs"], mb["advantages"], mb["response_mask"], 0.2)
 
     cfg = ppo.Config(minibatch_size=8, micro_batch_size=4)
@@ -111,7 +111,7 @@ def test_logits_in_parts_give_the_same_logprobs_and_gradients(ppo, model_folder,
     results = []
     for logits_mb in (0, 50 * positions / 2**18):  # the vocabulary has 50 tokens
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):  # as on a GPU
-            logprobs = ppo.response_logprobs(policy, *ppo.model_inputs(batch), mask.shape[1], 0.7, logits_mb)
+            logprobs = ppo.response_logprobs_in_parts(policy, *ppo.model_inputs(batch), mask.shape[1], 0.7, logits_mb)
         (logprobs * weights).sum().backward()
         results.append((logprobs.detach() * mask, [p.grad.clone() for p in policy.parameters()]))
         policy.zero_grad()
@@ -145,8 +145,9 @@ def test_logits_in_parts_keep_less(ppo):
     count = batch["response_mask"].numel()
 
     def keeps(logits_mb):
-        return saved_bytes(lambda: ppo.response_logprobs(policy, *ppo.model_inputs(batch), batch["response_mask"].shape[1], 1.0,
-                                                         logits_mb), policy)[0]
+        length = batch["response_mask"].shape[1]
+        return saved_bytes(lambda: ppo.response_logprobs_in_parts(policy, *ppo.model_inputs(batch), length, 1.0, logits_mb),
+                           policy)[0]
 
     assert keeps(0) - keeps(1) > 0.9 * 4 * 20_000 * count  # at least the float32 log-probabilities of all positions
 
@@ -233,7 +234,7 @@ def test_lora_starts_at_ratio_one_and_kl_zero_and_leaves_the_reference_alone(ppo
     assert all(p.requires_grad for p in learned)  # `adapters_off` has put everything back
 
     # Saved, it is an ordinary folder that gives the same logprobs, with the tensors of the folder that it came from.
-    ppo.save_model(lora_policy, Saved, tmp_path / "merged")
+    ppo.shared_save(lora_policy, Saved, tmp_path / "merged")
     merged = ppo.load_model(ppo.AutoModelForCausalLM, tmp_path / "merged", DEVICE)
     assert torch.allclose(logprobs_of(ppo, merged, batch), after, atol=1e-4)
     assert merged.state_dict().keys() == plain.state_dict().keys() and not list((tmp_path / "merged").glob("*adapter*"))
@@ -257,7 +258,7 @@ def test_lora_merged_into_a_bf16_model_is_saved_in_float32(ppo, model_folder, tm
         for name, p in policy.named_parameters():
             if "lora_B" in name:
                 p.fill_(1e-6)
-    ppo.save_model(policy, Saved, tmp_path / "merged")
+    ppo.shared_save(policy, Saved, tmp_path / "merged")
     merged, plain = (ppo.load_model(ppo.AutoModelForCausalLM, folder, DEVICE).state_dict()
                      for folder in (tmp_path / "merged", model_folder))
     name = next(name for name, _ in policy.named_modules() if name.endswith(("q_proj", "c_attn"))) + ".weight"
@@ -429,7 +430,7 @@ def test_the_plan_counts_what_is_there(ppo, planned):
     for role in ("policy", "critic"):
         model, row = models[role], plan["roles"][role]
         if role == "policy":
-            forward = partial(ppo.response_logprobs, model, ids, mask, cfg.max_new_tokens, 1.0, 50 * 8 / 2**18)
+            forward = partial(ppo.response_logprobs_in_parts, model, ids, mask, cfg.max_new_tokens, 1.0, 50 * 8 / 2**18)
         else:
             forward = partial(ppo.response_values, model, ids, mask, cfg.max_new_tokens)
         counted, result = saved_bytes(forward, model)

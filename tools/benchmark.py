@@ -180,7 +180,7 @@ def prepare_train(ppo, args, shape, device, plain):
     batch["response_ids"] = torch.randint(2, 30000, (count, response), generator=rng)
     cfg = ppo.Config(minibatch_size=count, micro_batch_size=args.micro_batch_size)
     logits_mb = 0 if plain else args.logits_mb
-    logprobs = lambda model, mb: ppo.response_logprobs(model, *ppo.model_inputs(mb), response, 1.0, logits_mb)  # noqa: E731
+    logprobs = lambda model, mb: ppo.response_logprobs_in_parts(model, *ppo.model_inputs(mb), response, 1.0, logits_mb)  # noqa: E731
     values = lambda mb: ppo.response_values(critic, *ppo.model_inputs(mb), response)  # noqa: E731
     rows = torch.arange(count)
     with ppo.adapters_off(reference):
