@@ -58,7 +58,7 @@ Different from the paper: there a stronger model wrote the tests (GPT-4, by the 
 round has K responses of each of a few prompts, where the paper samples for all prompts before it trains; offline that is the
 same (06_baselines.py says why). The votes are those of the K responses that are then judged, so that none is sampled for the
 vote alone: programs and tests together are the 240 samples a round that the other methods have. What the paper does about
-hyperparameters we have not seen; ours are from two learning rates tried on the validation problems, the lesson's from none.
+hyperparameters we have not seen; our learning rates are the better of two at most, by validation.
 """
 
 import argparse
