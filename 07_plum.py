@@ -32,6 +32,9 @@ expected one. It is the default: of the tests whose outputs our model of a milli
 vote finds them (92% of the kept ones are right), but leaves tests for a third of the prompts only; with majority it is three
 quarters, 74% right before the vote (which then only has to tell responses apart) and 82% after it.
 
+--outputs reference --agreement 0 is a control and no PLUM: the problem's own solution says what a test expects, and no majority
+is asked for. What it gains over the others is what the vote costs.
+
 What to expect of it: what most responses get wrong, the vote calls right. On the tiny set, where some kinds of step are mostly
 wrong, about half of the responses that PLUM prefers fail the true tests (of those that it rejects, 92%). So it makes the policy
 surer of what it mostly does: sampled pass rates rise a little, greedy decoding hardly changes. The methods with a reward model
@@ -58,7 +61,7 @@ Different from the paper: there a stronger model wrote the tests (GPT-4, by the 
 round has K responses of each of a few prompts, where the paper samples for all prompts before it trains; offline that is the
 same (06_baselines.py says why). The votes are those of the K responses that are then judged, so that none is sampled for the
 vote alone: programs and tests together are the 240 samples a round that the other methods have. What the paper does about
-hyperparameters we have not seen; ours are from two learning rates tried on the validation problems, the lesson's from none.
+hyperparameters we have not seen; our learning rates are the better of two at most, by validation.
 """
 
 import argparse
@@ -111,7 +114,7 @@ class Config:
     out: str = ""  # output folder; empty: out/plum/<loss>_<online or offline>
     loss: typing.Literal["dpo", "kto"] = "dpo"  # the preference loss; paper: both
     online: bool = False  # fresh responses of the trained policy each round, instead of the starting policy's; paper: both
-    outputs: typing.Literal["model", "majority"] = "majority"  # who says what a test expects: its text, or the K responses
+    outputs: typing.Literal["model", "majority", "reference"] = "majority"  # who says what a test expects: see above
     agreement: float = 0.5  # a kept test agrees with more than this share of the K responses; 0.5: a majority
     iterations: int = 25  # rounds of write, sample, vote, train; as in 04
     prompts_per_iteration: int = 24  # n, prompts of a round; n (K + test_responses) = 240 samples, as in 04
@@ -1097,7 +1100,7 @@ def main(cfg):
         found = [[parse_tests(decode_response(tokenizer, ids), problem["entry_point"]) for ids in group]
                  for problem, group in zip(round_problems, written)]
         tests = [list(dict.fromkeys(test for response in group for test in response)) for group in found]
-        if cfg.outputs == "majority":  # the expected values are not asked for, so two of them for one call are one test
+        if cfg.outputs != "model":  # the expected values are not asked for, so two of them for one call are one test
             tests = [[(call, None) for call in dict.fromkeys(call for call, _ in group)] for group in tests]
         clock.append(time.time())
 
@@ -1115,7 +1118,10 @@ def main(cfg):
             votes = outputs[number * per_prompt:(number + 1) * per_prompt]  # K lists, an output a test
             for t, (call, expected) in enumerate(group):
                 column = [vote[t] for vote in votes]
-                value = majority_output(column) if cfg.outputs == "majority" else value_of(expected)
+                if cfg.outputs == "reference":
+                    value = truth[problem["task_id"]][t] if problem["task_id"] in truth else None
+                else:
+                    value = majority_output(column) if cfg.outputs == "majority" else value_of(expected)
                 share = agreement_share(column, value) if value is not None else 0.0
                 keep = is_consistent(share, cfg.agreement)
                 right = value is not None and truth[problem["task_id"]][t] == value if problem["task_id"] in truth else None
