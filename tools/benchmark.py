@@ -23,7 +23,7 @@ import importlib.util
 import math
 import multiprocessing
 import random
-import resource
+import re
 import statistics
 import sys
 import tempfile
@@ -205,11 +205,16 @@ def prepare_train(ppo, args, shape, device, plain):
     return run
 
 
+def resident(name):
+    """VmRSS, the resident memory of this process now, or VmHWM, the largest since the mark was reset; bytes, Linux only."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
 def measure(name, phase, plain, args):
     """Median seconds, tokens a second, TFLOPs a second and peak memory of one way -> dict; {"error"} when memory runs out.
 
-    On a GPU peak memory is that of its allocator; without one it is the largest resident memory of this process, which is
-    therefore started for the purpose, less what it had before there were models.
+    On a GPU peak memory is that of its allocator; without one it is the largest resident memory of this process, less what it
+    had before there were models.
     """
     ppo = load_script("04_pf_ppo.py")
     device = ppo.set_up(args.threads)
@@ -220,7 +225,8 @@ def measure(name, phase, plain, args):
     importlib.import_module("torch._dynamo")  # the first optimiser imports it
     if args.lora_rank:
         importlib.import_module("peft")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew: imports have peaks of their own
+    before = resident("VmRSS")
     prepare = {"generate": prepare_generate, "score": prepare_score, "train": prepare_train}[phase]
     try:
         run = prepare(ppo, args, SHAPES[name], device, plain)
@@ -240,7 +246,7 @@ def measure(name, phase, plain, args):
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        peak = resident("VmHWM") - before
     return {"seconds": statistics.median(seconds[-args.repeats:]), "tokens": statistics.median(r for r, _ in rates),
             "teraflops": statistics.median(f for _, f in rates), "peak": peak}
 
@@ -337,7 +343,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=256, help="rows at once when sampling, for both")
     parser.add_argument("--scored", type=int, default=512 if gpu else 64, help="sequences to score")
     parser.add_argument("--minibatch_size", type=int, default=16, help="rows of a training step")
-    parser.add_argument("--micro_batch_size", type=int, default=4 if gpu else 16)
+    parser.add_argument("--micro_batch_size", type=int, default=4 if gpu else 8)
     parser.add_argument("--logits_mb", type=int, default=512 if gpu else 64)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--lora_rank", type=int, default=0, help="where all weights do not fit on the GPU: 16")
