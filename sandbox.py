@@ -686,12 +686,14 @@ def serve(fd, modes, site):
             break
         except (EOFError, OSError): zygote.close(), os.waitpid(pid, 0)
     else: return
+    memory = os.open("/proc/self/statm", os.O_RDONLY)
     try: landlock(library(site), ["/dev/null"]), filter_syscalls(DENIED.values())
     except OSError: pass                               # T runs only the data set's code: its walls are a second thought
     limit(resource.RLIMIT_AS, JUDGE_MB << 20)
     control.sendall(message(layers))
     jobs = open(control.fileno(), "rb", 1 << 16, closefd=False)
-    while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < JUDGE_MB << 9:   # one that has grown is replaced
+    # One that has grown is replaced. (Not by ru_maxrss: in a spawned process it starts at the size of the caller.)
+    while int(os.pread(memory, 64, 0).split()[1]) * resource.getpagesize() < JUDGE_MB << 19:
         try:
             job = receive(jobs)                        # beyond this CPU time T is killed, and replaced
             resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + job["timeout"]) + 2, resource.RLIM_INFINITY))
