@@ -33,7 +33,7 @@ if not torch.cuda.is_available(): print("no GPU: this will take very long")'
 # ---- the first of these that fits: rows in training, rows in generation, other flags
 settings=("8 256" "8 256 --gradient_checkpointing" "4 128 --gradient_checkpointing"
           "8 256 --gradient_checkpointing --lora_rank 16" "4 128 --gradient_checkpointing --lora_rank 16"
-          "2 64 --gradient_checkpointing --lora_rank 16")
+          "4 30 --gradient_checkpointing --lora_rank 16")
 ppo="--max_new_tokens $TOKENS --prompts_per_iteration 64 --responses_per_prompt 5 --minibatch_size 64 --score_batch_size 16"
 for setting in "${settings[@]}"; do
     read -r micro rows memory <<< "$setting"
