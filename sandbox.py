@@ -301,7 +301,7 @@ def keep_house(mode, site, control, caller):
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         ours.close()
-        return serve_candidates(mode, [*paths], scratch, control, caller, theirs)
+        return serve_candidates(mode, paths, scratch, control, caller, theirs)
     theirs.close(), control.close(), caller.close()
     while ours.recv(1): renew(), ours.sendall(b"!")
     if not spaces: os.wait(), os.system(f"chmod -R u+rwX {scratch}; rm -rf {scratch}")
@@ -686,14 +686,13 @@ def serve(fd, modes, site):
             break
         except (EOFError, OSError): zygote.close(), os.waitpid(pid, 0)
     else: return
-    memory = os.open("/proc/self/statm", os.O_RDONLY)
+    memory = os.open("/proc/self/statm", os.O_RDONLY)  # not ru_maxrss, which starts with the size of the caller
     try: landlock(library(site), ["/dev/null"]), filter_syscalls(DENIED.values())
     except OSError: pass                               # T runs only the data set's code: its walls are a second thought
     limit(resource.RLIMIT_AS, JUDGE_MB << 20)
     control.sendall(message(layers))
     jobs = open(control.fileno(), "rb", 1 << 16, closefd=False)
-    # One that has grown is replaced. (Not by ru_maxrss: in a spawned process it starts at the size of the caller.)
-    while int(os.pread(memory, 64, 0).split()[1]) * resource.getpagesize() < JUDGE_MB << 19:
+    while int(os.pread(memory, 99, 0).split()[1]) * resource.getpagesize() < JUDGE_MB << 19:    # one that has grown is replaced
         try:
             job = receive(jobs)                        # beyond this CPU time T is killed, and replaced
             resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + job["timeout"]) + 2, resource.RLIM_INFINITY))

@@ -174,6 +174,12 @@ def test_torch_in_the_caller_makes_no_difference_to_the_helpers():
     assert script(body).communicate(timeout=120)[0].strip() == "30"
 
 
+def test_a_caller_of_a_gigabyte_changes_nothing():
+    body = "x = bytearray(b'x') * (1 << 30)\nr = sandbox.run_many([dict(code='def f(): return 1', tests=['assert f() == 1'], entry_point='f')] * 30, workers=1)\nprint(sum(x.passed for x in r), sandbox.IDLE[0].process.pid == first)"
+    body = body.replace("\nr =", "\nsandbox.run('', ['pass'])\nfirst = sandbox.IDLE[0].process.pid\nr =")
+    assert script(body).communicate(timeout=120)[0].split() == ["30", "True"]
+
+
 @pytest.mark.parametrize("flags", [["-Ur"], ["-U"]])
 def test_a_host_without_user_namespaces(flags):
     """In a namespace that allows no further ones: as its root, and as a user whom nothing is allowed. Slower walls, but walls, and no hanging."""

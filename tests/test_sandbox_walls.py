@@ -289,7 +289,7 @@ def test_one_second_ends_in_time():
     began = time.monotonic()
     results = dict(zip(ENDLESS, sandbox.run_many([dict(code=code, tests=["assert f() == 1"], entry_point="f", timeout=1.0) for code in ENDLESS.values()], workers=4)))
     for name, result in results.items(): assert result.status == "timeout" and result.seconds < 1.35, (name, result)      # CPU time: wall time
-    assert time.monotonic() - began < 11                                                                               # on a busy machine says little
+    assert time.monotonic() - began < 14                                                                               # on a busy machine says little
 
 
 def test_without_limits_they_do_not_end():
@@ -357,7 +357,7 @@ def test_values_that_explode_in_the_tests():
     began = time.monotonic()
     results = sandbox.run_many([dict(code=f"def f(): return {value}", tests=[test], entry_point="f", timeout=0.5) for value, test in EXPLODE], workers=4)
     for case, result in zip(EXPLODE, results): assert result.status in ("timeout", "memory"), (case, result)
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 25
     assert sandbox.run("def f(): return 1", ["assert f() == 1"], entry_point="f").passed
 
 
