@@ -114,7 +114,7 @@ class Config:
     out: str = ""  # output folder; empty: out/plum/<loss>_<online or offline>
     loss: typing.Literal["dpo", "kto"] = "dpo"  # the preference loss; paper: both
     online: bool = False  # fresh responses of the trained policy each round, instead of the starting policy's; paper: both
-    outputs: typing.Literal["model", "majority", "reference"] = "majority"  # who says what a test expects: see above
+    outputs: typing.Literal["model", "majority", "reference"] = "majority"  # expected output: its text, the vote, the solution
     agreement: float = 0.5  # a kept test agrees with more than this share of the K responses; 0.5: a majority
     iterations: int = 25  # rounds of write, sample, vote, train; as in 04
     prompts_per_iteration: int = 24  # n, prompts of a round; n (K + test_responses) = 240 samples, as in 04
