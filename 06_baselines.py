@@ -48,9 +48,9 @@ Run     python 06_baselines.py --method dpo
 
 Simplified against the papers: constant learning rates, each sample used once (the offline methods usually make several
 passes), KTO's two weights are 1. The learning rates are those that did best on the validation problems of the tiny set, of one
-or two tried for each method (README); nothing else is tuned. RAFT's has not been run: at 1e-4 it peaks at iteration 5 (66%) and
-is at 7% after 25, with a KL of 19 nats. Offline DPO and KTO, too, go too far with larger ones: both log-likelihoods fall, that of
-the worse response faster, and what gains is neither (DPO at 5e-5: 64% after 5 iterations, 33% after 25).
+or two tried for each method (README); nothing else is tuned. RAFT's has not been run: at 1e-4 it peaks at iteration 5 (66%),
+and after 25 it is at 7%, with a KL of 19 nats. Offline DPO and KTO go too far with larger ones, too: the log-likelihoods of
+both responses fall, that of the worse one faster, what gains is neither (DPO at 5e-5: 64% after 5 iterations, 33% after 25).
 """
 
 import argparse
