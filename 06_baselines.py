@@ -741,7 +741,7 @@ def plot_curves(metrics, path, title):
     axes[1].plot([m["iteration"] for m in checks], [m["validation_pass_at_1"] for m in checks], "o--", color="tab:green",
                  label="validation problems, greedy")
     axes[1].set_ylim(0, 1)
-    axes[1].legend(loc="lower right")
+    axes[1].legend(loc="lower left")
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -83,6 +83,9 @@ def test_a_run_is_trained_tested_and_recorded(pipeline, monkeypatch, tmp_path):
     tables.RESULTS.mkdir()
     (tables.RESULTS / "results.jsonl").write_text(json.dumps(done) + "\n")
     assert "| `bw` | 1 |" in run_script("tools/tables.py", "show", cwd=pipeline["folder"]).stdout
+    assert not (tables.RESULTS / "frontier.png").exists()  # no line through one KL coefficient
+    (tables.RESULTS / "results.jsonl").write_text(json.dumps(done) + "\n" + json.dumps({**done, "group": "kl_0.1"}) + "\n")
+    run_script("tools/tables.py", "show", cwd=pipeline["folder"])
     for name in ("training.png", "frontier.png"):
         assert (tables.RESULTS / name).read_bytes()[:4] == b"\x89PNG"
 

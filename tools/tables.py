@@ -248,6 +248,8 @@ def methods_of(records, group):
 
 
 def table_1(records):
+    if not any(r["group"] == "r2" for r in records):
+        return "Not run yet.\n"
     rows = []
     for policy in ("sft", "middle", "final"):
         for name, label in (("r2", "pooled"), ("r2_within", "within prompts")):
@@ -353,28 +355,31 @@ def plot_training(records, path, methods=("none", "random2", "bon", "br", "bw"))
 
 
 def plot_frontier(records, path):
-    """True pass rate against KL from the reference, one line a filter through the points of the KL sweep."""
+    """True pass rate against KL from the reference, one line a filter through the points of the KL sweep; none of one point."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    settings = {"kl_0.03": 0.03, "kl_0.1": 0.1, "main": 0.3, "kl_1.0": 1.0}
+    settings = {"kl_1.0": "1", "main": "0.3", "kl_0.1": "0.1", "kl_0.03": "0.03"}
+    done = [group for group in settings if any(r["group"] == group and r["method"] in FILTERS for r in records)]
+    if len(done) < 2:
+        return
     figure, axis = plt.subplots(figsize=(7.5, 5))
     for method in ("none", "random2", "br", "bw"):
         points = []
-        for group in settings:
+        for group in done:
             runs = [r for r in records if r["group"] == group and r["method"] == method]
             if runs:
                 points.append((np.mean([r["iterations"][-1]["kl_per_response"] for r in runs]),
                                np.mean([r["test"]["last"]["greedy"] for r in runs])))
         if points:
-            axis.plot(*zip(*sorted(points)), "o-", label=method)
+            axis.plot(*zip(*points), "o-", label=method)  # in order of the coefficient
     axis.set(xlabel="KL from the SFT policy at the last iteration, nats a response", ylabel="greedy pass@1, test, last iteration",
              xscale="log")
     axis.grid(alpha=0.3)
     axis.legend()
-    axis.set_title("Further from SFT: KL coefficients 1, 0.3, 0.1, 0.03 from left to right")
+    axis.set_title(f"Further from SFT: KL coefficients {', '.join(settings[group] for group in done)} along each line")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
