@@ -68,7 +68,7 @@ def plan():
     main_group({name: ["07_plum.py", *flags] for name, flags in PLUM.items()}, range(5))
     for seed in range(3):
         for profile, noise in PROFILES:
-            for name in ("none", "random2", "br", "bw"):
+            for name in ("none", "random2", "br", "bw") + (("bon",) if profile == "clean" else ()):  # BoN with a perfect reward
                 command = ["tools/controlled.py", "ppo", "--profile", profile, "--noise", noise, "--", "--strategy", name, *SHORT]
                 add(f"profile_{profile}_{noise}", name, seed, command)
             if seed == 0:
@@ -109,7 +109,8 @@ def call(command, log):
 
 
 def train_and_test(run, out):
-    """One training run and the test problems' verdict on its best, last and equal-passes checkpoints -> record."""
+    """One training run and the test problems' verdict on its best, last and equal-passes checkpoints (of a sweep: its last)
+    -> record."""
     record = {"group": run["group"], "method": run["method"], "seed": run["seed"]}
     checkpoints = {"best": "out/sft"}
     if run["command"]:
@@ -122,9 +123,9 @@ def train_and_test(run, out):
                       if rows >= EQUAL_PASSES and line["iteration"] % 5 == 0), lines[-1]["iteration"])
         at = {"best": max(validated, key=lambda line: line["validation_pass_at_1"])["iteration"],
               "last": lines[-1]["iteration"], "equal": equal}
-        checkpoints = {"best": out / "train" / "best", "last": out / "train" / "last"}
-        if equal != at["last"]:
-            checkpoints["equal"] = out / "train" / f"iteration_{equal}"
+        folders = {"best": out / "train" / "best", "last": out / "train" / "last", "equal": out / "train" / f"iteration_{equal}"}
+        wanted = ("best", "last", "equal") if run["group"] == "main" else ("last",)  # sweeps compare what training ends with
+        checkpoints = {name: folders[name] for name in wanted if name == "last" or at[name] != at["last"]}
         steps = [line for line in lines if line["iteration"]]
         phases = [name for name in steps[0] if name.startswith("seconds_") and name not in ("seconds_validate", "seconds_measure")]
         critic = any("critic_loss" in line for line in steps)
@@ -143,8 +144,8 @@ def train_and_test(run, out):
     rows = json.loads((out / "eval" / "results.json").read_text(encoding="utf-8"))
     record["test"] = {name: {"greedy": row["greedy pass@1"]["mean"], "sampled": row["pass@1"]["mean"]}
                       for name, row in zip(checkpoints, rows)}
-    if run["command"] and "equal" not in record["test"]:
-        record["test"]["equal"] = record["test"]["last"]
+    if run["command"]:  # a checkpoint that is the last one has the last one's result
+        record["test"] = {name: record["test"].get(name, record["test"]["last"]) for name in wanted}
     if run["group"] != "main" or run["method"] != "none":  # those of PPO-M are read again for Table 1
         for path in (out / "train").glob("iteration_*"):
             shutil.rmtree(path)
@@ -194,9 +195,9 @@ def run_all(args):
                 with open(RESULTS / "results.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
                 done.add(key(ready))
-                best = record.get("test", {}).get("best", {}).get("greedy")
+                tested = record.get("test", {}).get("last", {}).get("greedy")
                 print(f"{(time.time() - started) / 60:5.1f} min  {ready['group']} {ready['method']} seed {ready['seed']}"
-                      + (f"  test pass@1 {best:.3f}" if best else "") + f"  ({len(waiting)} to go)", flush=True)
+                      + (f"  test pass@1 {tested:.3f}" if tested else "") + f"  ({len(waiting)} to go)", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for future in [pool.submit(worker) for _ in range(args.jobs)]:
