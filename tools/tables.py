@@ -99,7 +99,7 @@ def read_results():
 
 
 def call(command, log):
-    """A script of this project as a subprocess; its output goes to `log`. A failure ends the whole run with its last line."""
+    """A script of this project as a subprocess; its output goes to `log`. After a failure no other run starts."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with open(log, "a", encoding="utf-8") as file:
         code = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], stdout=file, stderr=file,
@@ -178,19 +178,24 @@ def one(run):
 def run_all(args):
     """Runs that are not in results.jsonl yet, `--jobs` at a time, until the budget is spent."""
     RESULTS.mkdir(exist_ok=True)
-    done, lock, started = {key(record) for record in read_results()}, threading.Lock(), time.time()
+    done, lock, started, failed = {key(record) for record in read_results()}, threading.Lock(), time.time(), []
     waiting = [run for run in plan() if key(run) not in done and (not args.only or run["group"] in args.only)
                and (not args.methods or run["method"] in args.methods)]
 
     def worker():
-        while time.time() - started < args.budget_minutes * 60:
+        while time.time() - started < args.budget_minutes * 60 and not failed:
             with lock:
                 ready = next((run for run in waiting if run["needs"] is None or run["needs"] in done), None)
                 if ready is None:
                     return
                 waiting.remove(ready)
             begun = time.time()
-            record = one(ready) | {"minutes": round((time.time() - begun) / 60, 2)}
+            try:
+                record = one(ready) | {"minutes": round((time.time() - begun) / 60, 2)}
+            except RuntimeError as error:  # said now: the others may need long to come to their end
+                print(f"tables.py: error: {error}", file=sys.stderr, flush=True)
+                failed.append(error)
+                return
             with lock:
                 with open(RESULTS / "results.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
@@ -202,6 +207,8 @@ def run_all(args):
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for future in [pool.submit(worker) for _ in range(args.jobs)]:
             future.result()
+    if failed:
+        raise SystemExit(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
