@@ -93,14 +93,14 @@ def test_a_run_is_trained_tested_and_recorded(pipeline, monkeypatch, tmp_path):
 
 def test_a_run_that_fails_is_named_and_no_other_starts(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    runs = [{"group": "main", "method": "bw", "seed": seed, "command": ["04_pf_ppo.py", "--policy", "nowhere"], "needs": None}
+    runs = [{"group": "main", "method": "bw", "seed": seed, "command": ["04_pf_ppo.py", "--data", "nowhere.jsonl"], "needs": None}
             for seed in (0, 1)]
     monkeypatch.setattr(tables, "plan", lambda: runs)
     with pytest.raises(SystemExit) as error:
         tables.run_all(SimpleNamespace(budget_minutes=1, jobs=1, only=None, methods=None))
     said = capsys.readouterr().err
     assert error.value.code == 1 and said.count("\n") == 1 and "exit code 2" in said and "bw/0/log.txt" in said
-    assert "nowhere" in (tmp_path / "out/tables/main/bw/0/log.txt").read_text() and not (tmp_path / "results/results.jsonl").exists()
+    assert "nowhere.jsonl" in (tmp_path / "out/tables/main/bw/0/log.txt").read_text() and not (tmp_path / "results/results.jsonl").exists()
 
 
 def test_nothing_to_show(tmp_path):
