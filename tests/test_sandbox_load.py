@@ -278,6 +278,12 @@ def test_bench_prints_its_table():
     for row in ("floor", "one process", "split", "fresh interpreter"): assert row in run.stdout
 
 
+def test_a_copy_of_the_file_alone_says_where_the_bench_is(tmp_path):
+    shutil.copy(sandbox.__file__, tmp_path)
+    run = subprocess.run([sys.executable, tmp_path / "sandbox.py", "--bench"], capture_output=True, text=True)
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "tools/sandbox_bench.py" in run.stderr
+
+
 # ---- as an ordinary user
 
 def test_all_of_it_as_an_ordinary_user(tmp_path_factory):
