@@ -23,6 +23,7 @@ memorised answers, holes in the kernel, the memory of all child processes togeth
 """
 import atexit, builtins, collections, json, marshal, operator, os, re, resource, select, signal, socket, struct, sys, time
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 MAX_MESSAGE, MAX_DEPTH = 16 << 20, 200               # bytes of one message, nesting of one value; beyond is an error
@@ -532,7 +533,6 @@ LIBRARY = dict.fromkeys("isclose sqrt ceil floor gcd pi inf nan".split(), "math"
 def plan(setup, tests, entry_point):
     """What these tests need, found from their text alone and kept for the next candidate."""
     import ast
-    from types import SimpleNamespace
     sources = [setup, *tests]                          # a bare `def check(candidate)` tests nothing
     if entry_point and not re.search(r"^\s*check\(", "\n".join(sources), re.M):
         sources[1:] = [f"{t}\n\ncheck({entry_point})\n" if re.search(r"^def check\(", t, re.M) else t for t in tests]
@@ -567,10 +567,8 @@ def plan(setup, tests, entry_point):
                     isinstance(a, (ast.Lambda, ast.GeneratorExp)) or getattr(a, "id", "") in ours
                     for a in [*args, *(k.value for k in more)]): why = "pass a function to the candidate"
     methods = {name for name, count in attributes.items() if not count}         # only ever called: one message, not two
-    found = SimpleNamespace(codes=codes, for_u=marshal.dumps(codes).hex(), names=sorted(names), library=library, ahead=(),
-                            methods=methods, why=why and f"the tests cannot be split: they {why}")
-    if not why and not any(isinstance(n, ast.Try) for n in nodes): found.ahead = foresee(found, trees, entry_point)
-    return found
+    return SimpleNamespace(codes=codes, for_u=marshal.dumps(codes).hex(), names=sorted(names), library=library, methods=methods,
+                           ahead=foresee(trees, names, methods), why=why and f"the tests cannot be split: they {why}")
 
 def environment(plan, entry_point, candidates):
     """The global names of the tests: the library's and the candidate's. A missing `sum` of the candidate is not ours."""
@@ -582,43 +580,40 @@ def environment(plan, entry_point, candidates):
     __import__("random").seed(0)                       # the same program gets the same label
     return env
 
-class Blank:
-    """A reply that is not there yet. Arithmetic with it is blank, too; whatever wants an answer from it ends the dry run."""
-    def stop(self, *args): raise KeyboardInterrupt
-    __class__ = property(stop)
-    __getattr__ = __bool__ = __hash__ = __iter__ = __len__ = __contains__ = __index__ = stop
-
-for _op in ["eq", "ne", "radd", "rsub", "rmul", "rtruediv", "rmod", "rpow", "neg", "abs", "round", "getitem", *BETWEEN]:
-    setattr(Blank, f"__{_op}__", lambda *args: Blank())
-
-class DryRun:
-    """Stands for U while the tests run without replies, and notes the requests that they make whatever U says."""
-    def __init__(self, methods): self.methods, self.ahead, self.shown = methods, [], []
-    def ask(self, op, /, *args, **kwargs):
-        for value in [*args, *kwargs.values()]:
-            if type(value) in (list, dict, set) and any(value is v for v in self.shown): raise KeyboardInterrupt     # changed?
-            self.shown.append(value)
-        new = op == "call" and args[0]._key[2:3].isupper()       # a class, so the reply is an object
-        self.ahead.append((1 + new, request(op, args, kwargs)))
-        return Proxy(self, str(len(self.ahead))) if new else Blank()
-
-def foresee(plan, trees, entry_point):
-    """Asserts of one form go to U as one batch: what a dry run of the tests asks, up to the first that depends on a reply."""
+def foresee(trees, names, methods):
+    """Asserts of one form go to U as one batch: each around one call of the candidate with literal arguments. The tests' text
+    says that these calls come, and in which order, up to the first statement that may ask for anything else."""
     import ast
-    for node in [n for t in trees for n in ast.walk(t)]:
-        if isinstance(node, ast.Compare): node.ops = [ast.Eq() if type(op) in (ast.Is, ast.IsNot) else op for op in node.ops]
-        elif isinstance(node, ast.Assert):             # `assert not f(1) == 2` becomes `assert [f(1), 2]`, which holds
-            test = node.test.operand if isinstance(node.test, ast.UnaryOp) else node.test
-            node.test = ast.List([test.left, *test.comparators] if isinstance(test, ast.Compare) else [test], ast.Load())
-    dry = DryRun(plan.methods)
-    env = environment(plan, entry_point, {n: Proxy(dry, "g:" + n) for n in plan.names})
-    quiet = lambda real: lambda *args, **kwargs: Blank() if any(type(a) is Blank for a in args) else real(*args, **kwargs)
-    for name in "abs all any bool dict float int isinstance len list max min round set sorted str sum tuple type".split():
-        if name != entry_point: env["__builtins__"][name] = quiet(getattr(builtins, name))
+    requests, functions = [], {}
+    skips = ast.BoolOp, ast.IfExp, ast.Lambda, ast.comprehension                # what may run a call never, or often
+
+    def note(op, /, *args, **kwargs):                  # stands for U
+        makes_object = op == "call" and args[0]._key[2:3].isupper()             # "g:Solution"
+        requests.append((2 if makes_object else 1, request(op, args, kwargs)))
+        return Proxy(notebook, str(len(requests)))
+
+    def read(body, env):
+        for node in body:
+            inside = list(ast.walk(node.test if isinstance(node, ast.Assert) else node))         # its message is for a failure
+            used = [n for n in inside if isinstance(n, ast.Name) and (n.id in env or n.id in functions)]
+            match node:
+                case ast.FunctionDef(name=name): functions[name] = node
+                case _ if not used: continue           # it asks for nothing
+                case ast.Expr(ast.Call(ast.Name(name), [ast.Name(given)], [])) if name in functions:            # check(f)
+                    read(functions[name].body, env | {functions[name].args.args[0].arg: env[given]})
+                case ast.Assign([ast.Name(name)], ast.Call(ast.Name()) as call) if len(used) == 1:              # s = Solution()
+                    env[name] = eval(compile(ast.Expression(call), "tests.py", "eval"), env)
+                case ast.Assert() if len(used) == 1 and not any(isinstance(n, skips) for n in inside):
+                    call = [n for n in inside if isinstance(n, ast.Call) and used[0] in ast.walk(n.func)][-1]
+                    eval(compile(ast.Expression(call), "tests.py", "eval"), env)
+                case _: raise ValueError("from here on, each request waits for the reply before it")
+
+    notebook = SimpleNamespace(ask=note, methods=methods)
+    env = {"__builtins__": {}} | {name: Proxy(notebook, "g:" + name) for name in names}          # so arguments are literals
     try:
-        for tree in trees: exec(compile(ast.fix_missing_locations(tree), "tests.py", "exec"), env)
-    except BaseException: pass
-    return dry.ahead
+        for tree in trees: read(tree.body, env)
+    except Exception: pass
+    return requests
 
 def judge(job, zygote, reports):
     """One job -> the fields of its Result."""

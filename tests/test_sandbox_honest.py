@@ -54,6 +54,7 @@ PROGRAMS = {
     "operators with plain values": "class Vector:\n    def __init__(self, x, y): self.x, self.y = x, y\n    def __mul__(self, k): return Vector(self.x * k, self.y * k)\n    __rmul__ = __mul__\n    def __add__(self, k): return Vector(self.x + k, self.y + k)\n    def __truediv__(self, k): return Vector(self.x / k, self.y / k)\n    def __eq__(self, o): return (self.x, self.y) == (o.x, o.y)|v = Vector(1, 2) * 3\nassert v.x == 3 and v.y == 6|assert (2 * Vector(1, 2) + 1).y == 5 and Vector(1, 2) * 3 == Vector(3, 6) and (Vector(1, 2) / 2).x == 0.5",
     "in, where a class has only __getitem__": "class S:\n    def __getitem__(self, i): return [1, 2, 3][i]|s = S()\nassert 2 in s and 5 not in s",
     "an object where data was foreseen": "class C:\n    n = calls = 0\n    def __next__(self): self.n += 1; return self.n\nthe = C()\ndef make(): return the\ndef reset(): the.n = 0; the.calls += 1; return the.calls|c = make()\nassert reset() == 1\nassert next(c) == 1\nassert reset() == 2\nassert next(c) == 1 and next(c) == 2",
+    "an object where data was foreseen, in an assert": "class C:\n    n = calls = 0\n    def __next__(self): self.n += 1; return self.n\nthe = C()\ndef make(): return the\ndef reset(): the.n = 0; the.calls += 1; return the.calls|assert next(make()) == 1\nassert reset() == 1\nassert next(make()) == 1\nassert next(make()) == 2\nassert reset() == 2",
     "the same list changed again and again": "def f(x): x.append(len(x)); return len(x)|a = []\nassert f(a) == 1\nassert f(a) == 2\nassert a == [0, 1]\nfor i in range(3): assert f(a) == 3 + i",
     "exceptions": "class Mine(KeyError): pass\ndef f(x):\n    if x < 0: raise ValueError('negative')\n    raise Mine(x)|try: f(-1)\nexcept ValueError as e: assert 'negative' in str(e)\nelse: assert False|try: f(1)\nexcept KeyError: pass\nelse: assert False",
     "types as values": "def f(x): return type(x)|assert f(1) is int and f('') == str",
@@ -155,6 +156,16 @@ def test_foreseen_requests_do_not_disturb_the_order():
     assert sandbox.run(code, ["assert f(1) == 1", "y = f(2)\nassert y == 2", "for i in range(3): assert f(i) == 3 + i", "assert f(9) == 6"], entry_point="f").passed
     log = sandbox.run(code + "\ndef log(): return calls", ["assert f(1) == 1", "assert f([2]) == 2", "assert log() == [1, [2]]"], entry_point="f")
     assert log.passed, log
+
+
+@pytest.mark.parametrize("setup, tests, count", [
+    ("", ["assert f(1) == 2", "assert abs(f([1, (2,)], k={'a': 1}) - 3.5) < 1e-6, f(0)", "assert not f() is None"], 3),
+    ("META = {}\ndef check(candidate):\n    import math\n    assert True\n    assert math.isclose(candidate(-1.5), 2)\n    assert candidate('') == ''", ["check(f)"], 2),
+    ("s = Solution()", ["assert s.f(**{'x': 1}) == 2", "assert s.f(2) == 3"], 3),
+    ("", ["assert f(1) == 2", "assert f(1) == 1 or f(2) == 2", "assert f(3) == 3"], 1), ("", ["for i in []: f(i)", "assert f(1) == 1"], 0),
+    ("x = [1]", ["assert f(x) == 1"], 0), ("def g(x): return f(x)", ["assert g(1) == 1"], 0), ("", ["assert 0 if 1 else f(1)"], 0), ("", ["assert f(f(1)) == 1"], 0)])
+def test_what_goes_ahead(setup, tests, count):
+    assert len(sandbox.plan(setup, tuple(tests), "Solution" if "Solution" in setup else "f").ahead) == count
 
 
 # ---- from a response to a program
