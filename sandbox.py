@@ -485,9 +485,8 @@ def change(old, new):
 VERDICTS = {n for t in (str, set, bytes, float) for n in dir(t) if n.startswith(("is", "starts", "ends"))}
 
 class Proxy:
-    """An object that stays in U. It never equals plain data. The operators in SHOWN may show it a plain value: then the answer
-    has to be an object again, and no operator makes data of that: `abs(f(x) + -3.5) < 1e-6` is not for U to answer."""
-    def __init__(self, remote, key): self.__dict__.update(_remote=remote, _key=key, _shown=False)
+    """An object that stays in U. It never equals plain data, and what the tests compute with it is not U's to answer: see below."""
+    def __init__(self, remote, key): self.__dict__.update(_remote=remote, _key=key, _mixed=False)
     def __setattr__(self, name, value): self._remote.ask("setattr", self, name, value)
     def __contains__(self, item): return any(item == v for v in iter(self))     # U's own __contains__ could say yes to all
     def __hash__(self): return hash(self._key)
@@ -499,25 +498,28 @@ class Proxy:
         if name in self._remote.methods: return partial(self._remote.ask, "method", self, name)
         return self._remote.ask("getattr", self, name)
 
-BETWEEN = "lt le gt ge add sub mul truediv floordiv mod pow and or xor matmul".split()
+def forward(op):
+    return lambda self, *args, **kwargs: self._remote.ask(op, self, *args, **kwargs)
 
-SHOWN = {"add", "mul", "truediv"}                      # not `-` and the like, which measure how far a result is from a value
-
-def operation(op, swap=False):
-    def ask(self, /, *args, **kwargs):
-        shown = self._shown or op in BETWEEN and (type(args[0]) is not Proxy or args[0]._shown)
-        if op in BETWEEN and type(args[0]) is not Proxy and op not in SHOWN: return NotImplemented
-        value = self._remote.ask(op, *(args[0], self) if swap else (self, *args), **kwargs)
-        if shown and op in ARITHMETIC:
+def arithmetic(op, swap=False):
+    """`abs(f(x) + -3.5) < 1e-6`: an L() that answers 0.0 to abs() would pass. So what an operator makes of an object and a
+    plain value of the tests (`Vector(1, 2) * 3`) has to be an object, a mixed one, and so has all that operators make of it."""
+    def ask(self, *args):
+        plain = op in BINARY and type(args[0]) is not Proxy
+        if plain and op not in WITH_PLAIN: return NotImplemented
+        value = self._remote.ask(op, *args, self) if swap else self._remote.ask(op, self, *args)
+        if plain or any(type(x) is Proxy and x._mixed for x in (self, *args)):
             if type(value) is not Proxy: raise TypeError(f"{op}: the candidate's operators give no plain data to these tests")
-            value.__dict__["_shown"] = True
+            value.__dict__["_mixed"] = True
         return value
     return ask
 
-ARITHMETIC = ["bool", "len", "int", "float", "abs", "neg", "round", *BETWEEN]
-for _op in ["call", "getitem", "setitem", "delitem", "iter", "next", "str", "repr", *ARITHMETIC]:
-    setattr(Proxy, f"__{_op}__", operation(_op))
-for _op in SHOWN: setattr(Proxy, f"__r{_op}__", operation(_op, swap=True))
+UNARY = "bool len int float abs neg round".split()
+BINARY = "lt le gt ge add sub mul truediv floordiv mod pow and or xor matmul".split()
+WITH_PLAIN = ["add", "mul", "truediv"]                 # not `-` and the like, which measure how far a result is from a value
+for _op in "call getitem setitem delitem iter next str repr".split(): setattr(Proxy, f"__{_op}__", forward(_op))
+for _op in UNARY + BINARY: setattr(Proxy, f"__{_op}__", arithmetic(_op))
+for _op in WITH_PLAIN: setattr(Proxy, f"__r{_op}__", arithmetic(_op, swap=True))
 
 # ---------------------------------------------------------------- what the text of the tests says about them
 
