@@ -135,7 +135,7 @@ def outcomes(setup, tests, env, gone=bool, exec=exec, Failed=AssertionError, Any
 def candidate(sock, stream):
     """All of U: runs the code, then answers requests until T hangs up."""
     flush, objects, keys, number, kept, spoiled = sys.stdout.flush, {}, {}, 0, 0, False
-    job, module, kind = receive(stream), type(sys)("solution"), "syntax"
+    job, module, kind = marshal.loads(stream.read(int(stream.readline()))), type(sys)("solution"), "syntax"
     code = job["code"]
     module.__file__, module.__loader__ = "solution.py", type("Loader", (), {"get_source": lambda self, name: code})()
     sys.modules["solution"] = sys.modules["__main__"] = module                  # for inspect; for pickle and dataclasses
@@ -147,7 +147,7 @@ def candidate(sock, stream):
         kind = "syntax" if kind == "syntax" and isinstance(error, SyntaxError) and "\0" not in code else "x"
         return sock.sendall(message([0, kind, *describe(error)]))
     if "tests" in job:                                 # tests that cannot be split
-        setup, *tests = marshal.loads(bytes.fromhex(job["tests"]))
+        setup, *tests = marshal.loads(job["tests"])
         for left, found in zip(reversed(range(len(tests))), outcomes(setup, tests, module.__dict__)):
             sock.sendall(message([0, *found, "" if left else job["token"]]))
         return
@@ -569,7 +569,7 @@ def plan(setup, tests, entry_point):
                     isinstance(a, (ast.Lambda, ast.GeneratorExp)) or getattr(a, "id", "") in ours
                     for a in [*args, *(k.value for k in more)]): why = "pass a function to the candidate"
     methods = {name for name, count in attributes.items() if not count}         # only ever called: one message, not two
-    return SimpleNamespace(codes=codes, for_u=marshal.dumps(codes).hex(), names=sorted(names), library=library, methods=methods,
+    return SimpleNamespace(codes=codes, for_u=marshal.dumps(codes), names=sorted(names), library=library, methods=methods,
                            ahead=foresee(trees, names, methods), why=why and f"the tests cannot be split: they {why}")
 
 def environment(plan, entry_point, candidates):
@@ -630,7 +630,8 @@ def judge(job, zygote, reports):
     with theirs: socket.send_fds(zygote, [message([job["timeout"], job["memory_mb"]])], [theirs.fileno()])
     remote = Remote(ours, p.methods, p.ahead if split else ())
     try:
-        remote.send(message({"code": job["code"]} | ({"names": p.names} if split else {"tests": p.for_u, "token": token})))
+        code = marshal.dumps({"code": job["code"]} | ({"names": p.names} if split else {"tests": p.for_u, "token": token}))
+        remote.send(b"%d\n%b" % (len(code), code))
         kind, *reply = remote.reply(0)
         if kind in ("x", "syntax"):                    # the candidate's code did not run to its end
             failure = "memory" if "MemoryError" in reply[0] else "syntax" if kind == "syntax" else "error", str(reply[1])
