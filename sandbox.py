@@ -540,7 +540,6 @@ def plan(setup, tests, entry_point):
         sources[1:] = [f"{t}\n\ncheck({entry_point})\n" if re.search(r"^def check\(", t, re.M) else t for t in tests]
     trees = [ast.parse(s) for s in sources]
     codes, nodes = [compile(t, "tests.py", "exec") for t in trees], [n for t in trees for n in ast.walk(t)]
-    words = lambda *within: {n.id for node in within for n in ast.walk(node) if isinstance(n, ast.Name)}
     used, bound, ours, called, attributes = set(), set(), set(), set(), collections.Counter()
     for node in nodes:
         match node:
@@ -554,8 +553,17 @@ def plan(setup, tests, entry_point):
     names = {n for n in used - bound - ours if not hasattr(builtins, n)} - {entry_point}
     library = names & ((MODULES | {"np"}) - called | (LIBRARY.keys() if entry_point else set()))
     names = names - library | ({entry_point} - {None})                          # only the entry point may hide a builtin
+    methods = {name for name, count in attributes.items() if not count}         # only ever called: one message, not two
+    return SimpleNamespace(codes=codes, for_u=marshal.dumps(codes), names=sorted(names), library=library, methods=methods,
+                           ahead=foresee(trees, names, methods), why=why_not_split(nodes, names, ours, entry_point))
+
+def why_not_split(nodes, names, ours, entry_point):
+    """What these tests do that takes the candidate in the same process, if anything; `ours` are functions that they define."""
+    import ast
+    words = lambda *within: {n.id for node in within for n in ast.walk(node) if isinstance(n, ast.Name)}
     theirs = names | {n.arg for n in nodes if isinstance(n, ast.arg)}           # what may stand for a thing of the candidate's
     theirs |= {w for n in nodes if isinstance(n, ast.Assign) and theirs & words(n.value) for w in words(*n.targets)}
+    function = lambda x: isinstance(x, (ast.Lambda, ast.GeneratorExp)) or isinstance(x, ast.Name) and x.id in ours
     why = ""
     for node in nodes:
         match node:
@@ -565,12 +573,9 @@ def plan(setup, tests, entry_point):
             case ast.ExceptHandler(type=ast.AST() as kind) if names & words(kind): why = "catch an exception of the candidate"
             case ast.ClassDef(bases=bases) if names & words(*bases): why = "derive from a class of the candidate"
             case ast.withitem(context_expr=what) if names & words(what): why = "enter a context of the candidate"
-            case ast.Call(func=func, args=args, keywords=more) if theirs & words(func) and any(
-                    isinstance(a, (ast.Lambda, ast.GeneratorExp)) or getattr(a, "id", "") in ours
-                    for a in [*args, *(k.value for k in more)]): why = "pass a function to the candidate"
-    methods = {name for name, count in attributes.items() if not count}         # only ever called: one message, not two
-    return SimpleNamespace(codes=codes, for_u=marshal.dumps(codes), names=sorted(names), library=library, methods=methods,
-                           ahead=foresee(trees, names, methods), why=why and f"the tests cannot be split: they {why}")
+            case ast.Call(func=called, args=args, keywords=more) if theirs & words(called):
+                if any(map(function, [*args, *(k.value for k in more)])): why = "pass a function to the candidate"
+    return why and f"the tests cannot be split: they {why}"
 
 def environment(plan, entry_point, candidates):
     """The global names of the tests: the library's and the candidate's. A missing `sum` of the candidate is not ours."""
@@ -726,12 +731,6 @@ class Worker:
         """Ends the helper; Z and P go when they see it. Returns its exit status."""
         self.stream.close(), self.sock.close(), self.process.kill()
         return self.process.wait()
-
-    def cpu(self):
-        """CPU seconds of the helper processes, without the candidates."""
-        pids = [self.process.pid]
-        for pid in pids: pids.extend(map(int, open(f"/proc/{pid}/task/{pid}/children").read().split()))
-        return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
 
 PROBES = {               # a wall, and a program that runs to its end only where that wall is missing
     "reading files outside": "open(outside + '/secret')", "writing files outside": "open(outside + '/new', 'w')",
