@@ -410,19 +410,14 @@ class Gone(BaseException):
     """U has ended or broken the protocol: no test can go on."""
 
 class Remote:
-    """T's end of one U: sends requests, some ahead of time, and takes the replies."""
+    """T's end of one U: sends requests and takes the replies."""
     def __init__(self, sock, methods, ahead):
-        self.sock, self.methods, self.ahead = sock, methods, ahead
+        self.sock, self.methods, self.ahead = sock, methods, ahead              # ahead: requests that go with the code
         self.stream = open(sock.fileno(), "rb", 1 << 16, closefd=False)
-        self.number, self.sent, self.gone = 0, 0, False          # requests that the tests have made; requests sent
+        self.number, self.sent, self.gone = 0, len(ahead), False                # of the request that waits, of the last one sent
 
-    def send(self, first=b""):
-        """Sends `first` and the next foreseen requests: no more than a socket holds while U is not reading."""
-        lines, size = [first], len(first) and 1
-        while self.sent < len(self.ahead) and (not size or size + len(self.ahead[self.sent][1]) < 1 << 16):
-            lines.append(b"[%d,%d,%b]\n" % (self.sent + 1, *self.ahead[self.sent]))
-            self.sent, size = self.sent + 1, size + len(lines[-1])
-        try: self.sock.sendall(b"".join(lines))
+    def send(self, data):
+        try: self.sock.sendall(data)
         except OSError: self.gone = True; raise Gone from None
 
     def reply(self, number):
@@ -438,15 +433,15 @@ class Remote:
     def ask(self, op, /, *args, **kwargs):
         """Lets U do it: gives the value, or raises what it raised."""
         if self.gone: raise Gone
-        body, self.number = request(op, args, kwargs), self.number + 1
-        if self.number > len(self.ahead) or self.ahead[self.number - 1][1] != body:
-            self.number, self.ahead = max(self.number, self.sent + 1), ()       # not foreseen: pass over what was sent ahead
-            self.sent = self.number
+        body = request(op, args, kwargs)
+        if self.number < len(self.ahead) and self.ahead[self.number] == body: self.number += 1
+        else:                                          # not foreseen: from here on, each waits for the reply before it
+            self.ahead, self.sent = (), self.sent + 1
+            self.number = self.sent
             self.send(b"[%d,0,%b]\n" % (self.number, body))
-        elif self.number > self.sent: self.send()
         kind, value, *changed = self.reply(self.number)
         if kind == "x": raise remote_error(value, *changed)
-        if kind == "o": self.ahead = self.ahead[:self.number]    # U passes over the rest
+        if kind == "o": self.ahead = ()                # U passes over the rest
         try:
             if changed:
                 for old, new in zip(args, unpack(changed[0], self.handle)): change(old, new)
@@ -554,8 +549,9 @@ def plan(setup, tests, entry_point):
     library = names & ((MODULES | {"np"}) - called | (LIBRARY.keys() if entry_point else set()))
     names = names - library | ({entry_point} - {None})                          # only the entry point may hide a builtin
     methods = {name for name, count in attributes.items() if not count}         # only ever called: one message, not two
+    ahead, batch = foresee(trees, names, methods)
     return SimpleNamespace(codes=codes, for_u=marshal.dumps(codes), names=sorted(names), library=library, methods=methods,
-                           ahead=foresee(trees, names, methods), why=why_not_split(nodes, names, ours, entry_point))
+                           ahead=ahead, batch=batch, why=why_not_split(nodes, names, ours, entry_point))
 
 def why_not_split(nodes, names, ours, entry_point):
     """What these tests do that takes the candidate in the same process, if anything; `ours` are functions that they define."""
@@ -591,12 +587,15 @@ def foresee(trees, names, methods):
     """Asserts of one form go to U as one batch: each around one call of the candidate with literal arguments. The tests' text
     says that these calls come, and in which order, up to the first statement that may ask for anything else."""
     import ast
-    requests, functions = [], {}
+    requests, lines, functions = [], [], {}
     skips = ast.BoolOp, ast.IfExp, ast.Lambda, ast.comprehension                # what may run a call never, or often
 
     def note(op, /, *args, **kwargs):                  # stands for U
         makes_object = op == "call" and args[0]._key[2:3].isupper()             # "g:Solution"
-        requests.append((2 if makes_object else 1, request(op, args, kwargs)))
+        body = request(op, args, kwargs)
+        lines.append(b"[%d,%d,%b]\n" % (len(lines) + 1, 2 if makes_object else 1, body))
+        if sum(map(len, lines)) > 1 << 16: raise ValueError("a socket may hold no more while U does not read")
+        requests.append(body)
         return Proxy(notebook, str(len(requests)))
 
     def read(body, env):
@@ -620,7 +619,7 @@ def foresee(trees, names, methods):
     try:
         for tree in trees: read(tree.body, env)
     except Exception: pass
-    return requests
+    return requests, b"".join(lines[:len(requests)])
 
 def judge(job, zygote, reports):
     """One job -> the fields of its Result."""
@@ -636,7 +635,7 @@ def judge(job, zygote, reports):
     remote = Remote(ours, p.methods, p.ahead if split else ())
     try:
         code = marshal.dumps({"code": job["code"]} | ({"names": p.names} if split else {"tests": p.for_u, "token": token}))
-        remote.send(b"%d\n%b" % (len(code), code))
+        remote.send(b"%d\n%b%b" % (len(code), code, p.batch if split else b""))
         kind, *reply = remote.reply(0)
         if kind in ("x", "syntax"):                    # the candidate's code did not run to its end
             failure = "memory" if "MemoryError" in reply[0] else "syntax" if kind == "syntax" else "error", str(reply[1])
