@@ -135,8 +135,8 @@ def outcomes(setup, tests, env, gone=bool, exec=exec, Failed=AssertionError, Any
 def candidate(sock, stream):
     """All of U: runs the code, then answers requests until T hangs up."""
     flush, objects, keys, number, kept, spoiled = sys.stdout.flush, {}, {}, 0, 0, False
-    job, module, kind = marshal.loads(stream.read(int(stream.readline()))), type(sys)("solution"), "syntax"
-    code = job["code"]
+    job = marshal.loads(stream.read(int(stream.readline())))                    # T's own words, not a candidate's
+    code, module, kind = job["code"], type(sys)("solution"), "syntax"
     module.__file__, module.__loader__ = "solution.py", type("Loader", (), {"get_source": lambda self, name: code})()
     sys.modules["solution"] = sys.modules["__main__"] = module                  # for inspect; for pickle and dataclasses
     try:
@@ -178,7 +178,8 @@ def candidate(sock, stream):
             named = {k: unpack(v, objects.__getitem__) for k, v in kwargs.items()}
             kept, real = 0, unpack(args, objects.__getitem__)
             answer = [number, "v", pack(action(*real, **named), keep)]
-            if ahead == 1 and kept: answer[1], spoiled = "o", True       # an object where T foresaw data: what else?
+            if ahead and kept and not (op == "call" and isinstance(real[0], type)):
+                answer[1], spoiled = "o", True         # an object where T foresaw data: what it foresaw next may not come
             if named or not ATOMS.issuperset(map(type, real[1:])):
                 now = [[pack(a, keep) for a in real], {k: pack(v, keep) for k, v in named.items()}]
                 if now != [args, kwargs]: answer += now                         # what it changed in place changes in T too
@@ -414,7 +415,7 @@ class Remote:
     def __init__(self, sock, methods, ahead):
         self.sock, self.methods, self.ahead = sock, methods, ahead              # ahead: requests that go with the code
         self.stream = open(sock.fileno(), "rb", 1 << 16, closefd=False)
-        self.number, self.sent, self.gone = 0, len(ahead), False                # of the request that waits, of the last one sent
+        self.number, self.sent, self.gone = 0, len(ahead), False                # of the present request, of the last one sent
 
     def send(self, data):
         try: self.sock.sendall(data)
@@ -480,7 +481,7 @@ def change(old, new):
 VERDICTS = {n for t in (str, set, bytes, float) for n in dir(t) if n.startswith(("is", "starts", "ends"))}
 
 class Proxy:
-    """An object that stays in U. It never equals plain data, and what the tests compute with it is not U's to answer: see below."""
+    """An object that stays in U. It never equals plain data, and what the tests compute with it is not U's to answer."""
     def __init__(self, remote, key): self.__dict__.update(_remote=remote, _key=key, _mixed=False)
     def __setattr__(self, name, value): self._remote.ask("setattr", self, name, value)
     def __contains__(self, item): return any(item == v for v in iter(self))     # U's own __contains__ could say yes to all
@@ -587,15 +588,11 @@ def foresee(trees, names, methods):
     """Asserts of one form go to U as one batch: each around one call of the candidate with literal arguments. The tests' text
     says that these calls come, and in which order, up to the first statement that may ask for anything else."""
     import ast
-    requests, lines, functions = [], [], {}
+    requests, functions = [], {}
     skips = ast.BoolOp, ast.IfExp, ast.Lambda, ast.comprehension                # what may run a call never, or often
 
     def note(op, /, *args, **kwargs):                  # stands for U
-        makes_object = op == "call" and args[0]._key[2:3].isupper()             # "g:Solution"
-        body = request(op, args, kwargs)
-        lines.append(b"[%d,%d,%b]\n" % (len(lines) + 1, 2 if makes_object else 1, body))
-        if sum(map(len, lines)) > 1 << 16: raise ValueError("a socket may hold no more while U does not read")
-        requests.append(body)
+        requests.append(request(op, args, kwargs))
         return Proxy(notebook, str(len(requests)))
 
     def read(body, env):
@@ -604,7 +601,7 @@ def foresee(trees, names, methods):
             used = [n for n in inside if isinstance(n, ast.Name) and (n.id in env or n.id in functions)]
             match node:
                 case ast.FunctionDef(name=name): functions[name] = node
-                case _ if not used: continue           # it asks for nothing
+                case _ if not used: pass               # it asks for nothing
                 case ast.Expr(ast.Call(ast.Name(name), [ast.Name(given)], [])) if name in functions:            # check(f)
                     read(functions[name].body, env | {functions[name].args.args[0].arg: env[given]})
                 case ast.Assign([ast.Name(name)], ast.Call(ast.Name()) as call) if len(used) == 1:              # s = Solution()
@@ -619,7 +616,9 @@ def foresee(trees, names, methods):
     try:
         for tree in trees: read(tree.body, env)
     except Exception: pass
-    return requests, b"".join(lines[:len(requests)])
+    lines = [b"[%d,1,%b]\n" % numbered for numbered in enumerate(requests, 1)]
+    while sum(map(len, lines)) > 1 << 16: lines.pop()  # more than a socket holds while U does not read
+    return requests[:len(lines)], b"".join(lines)
 
 def judge(job, zygote, reports):
     """One job -> the fields of its Result."""
