@@ -256,7 +256,7 @@ def planned_peak(name, args):
     ppo = load_script("04_pf_ppo.py")
     with tempfile.TemporaryDirectory() as folder:
         ppo.AutoConfig.for_model(**SHAPES[name], pad_token_id=0, eos_token_id=1, bos_token_id=None).save_pretrained(folder)
-        phases = ppo.memory_plan(ppo.Config(
+        phases = load_script("tools/plan.py").memory_plan(ppo, ppo.Config(
             policy=folder, reward_model=folder, prompt_tokens=args.prompt_tokens, max_new_tokens=args.max_new_tokens,
             minibatch_size=args.minibatch_size, micro_batch_size=args.micro_batch_size, logits_mb=args.logits_mb,
             lora_rank=args.lora_rank, gradient_checkpointing=args.gradient_checkpointing))["phases"]
