@@ -57,6 +57,7 @@ import torch.distributed as dist
 import transformers
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, Cache, DynamicLayer)
 from transformers.pytorch_utils import Conv1D
@@ -889,43 +890,6 @@ def response_logprobs(model, input_ids, attention_mask, response_length, tempera
     return torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1)
 
 
-class TargetLogprobs(torch.autograd.Function):
-    """log softmax(hidden W^T / temperature) at the targets, in both passes for a part of the rows at a time.
-
-    The backward pass computes the logits once more: d logprob / d logits = (onehot(target) - softmax) / temperature.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, size):
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.size = temperature, size
-        logprobs = []
-        for h, t in zip(hidden.split(size), targets.split(size)):
-            logits = torch.nn.functional.linear(h, weight)  # (size, V)
-            ctx.dtype = logits.dtype  # bf16 under autocast
-            logits = logits.float() / temperature
-            logprobs.append(logits.gather(1, t[:, None]).squeeze(1) - logits.logsumexp(1))
-        return torch.cat(logprobs)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        hidden, weight, targets = ctx.saved_tensors
-        w = weight.to(ctx.dtype)
-        hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for h, t, g, out in zip(*(x.split(ctx.size) for x in (hidden, targets, gradient, hidden_gradient))):
-            h = h.to(ctx.dtype)
-            p = torch.softmax((h @ w.T).float() / ctx.temperature, 1)
-            p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0))
-            p = p.mul_(-g[:, None] / ctx.temperature).to(ctx.dtype)
-            out.copy_(p @ w)
-            if weight_gradient is not None:
-                weight_gradient += p.T @ h
-        if weight_gradient is not None:
-            weight_gradient = weight_gradient.to(weight.dtype)
-        return hidden_gradient, weight_gradient, None, None, None
-
-
 def target_logprobs(model, targets, real, temperature, logits_mb, **inputs):
     """Log-probability of each target under softmax(logits / temperature), without all logits at once.
 
@@ -936,10 +900,15 @@ def target_logprobs(model, targets, real, temperature, logits_mb, **inputs):
         logits_mb: size of a part in float32, MB. `logits_are_plain(model)` must hold. Returns: (B, T) float32, 0 where not real.
     """
     head = model.get_output_embeddings()
+    logits_of = head.forward
     size = max(1, int(logits_mb * 2**18 / head.weight.shape[0]))  # rows; a float32 has four bytes
 
+    def part(hidden, targets):
+        return -torch.nn.functional.cross_entropy(logits_of(hidden).float() / temperature, targets, reduction="none")
+
     def in_parts(hidden):  # (B, T + 1, D); it stands in for the lm_head, as part of the model's own forward pass
-        logprobs = TargetLogprobs.apply(hidden[:, :-1][real], head.weight, targets[real], temperature, size)
+        parts = zip(hidden[:, :-1][real].split(size), targets[real].split(size))
+        logprobs = torch.cat([checkpoint(part, *each, use_reentrant=False, preserve_rng_state=False) for each in parts])
         return torch.zeros(real.shape, device=real.device).masked_scatter(real, logprobs)
 
     head.forward = in_parts
@@ -951,15 +920,14 @@ def target_logprobs(model, targets, real, temperature, logits_mb, **inputs):
 
 
 def logits_are_plain(model):
-    """Whether logits are hidden W^T and nothing else: Gemma 2 caps them, Granite and Cohere scale them, Phi adds a bias."""
-    head, plain = model.get_output_embeddings(), []
-    hook = head.register_forward_hook(
-        lambda module, inputs, output: plain.append(torch.nn.functional.linear(inputs[0], module.weight)))
+    """Whether logits are what the model's head puts out, and nothing else: Gemma 2 caps them, Granite and Cohere scale them."""
+    outputs = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: outputs.append(output.clone()))
     input_ids = torch.arange(8, device=model.device)[None]
     with torch.no_grad(), autocast(model.device):
         logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
     hook.remove()
-    return getattr(head, "bias", None) is None and torch.equal(logits, plain[0])
+    return torch.equal(logits, outputs[0])
 
 
 def response_logprobs_in_parts(model, input_ids, attention_mask, response_length, temperature, logits_mb):

@@ -151,13 +151,27 @@ def test_logits_in_parts_keep_less(ppo):
 
 
 def test_models_with_logits_of_their_own_are_noticed(ppo):
-    """Gemma 2 caps its logits, Granite scales them, Phi adds a bias: hidden W^T is not what they predict with."""
-    from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, PhiConfig
+    """Gemma 2 caps its logits, Granite scales them: what their head puts out is not what they predict with."""
+    from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
              "intermediate_size": 64, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
-    for config in (Gemma2Config(**sizes, head_dim=8), GraniteConfig(**sizes, logits_scaling=8.0), PhiConfig(**sizes)):
+    for config in (Gemma2Config(**sizes, head_dim=8), GraniteConfig(**sizes, logits_scaling=8.0)):
         assert not ppo.logits_are_plain(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_a_head_with_a_bias_comes_in_parts_too(ppo):
+    """Phi adds a bias to its logits, random here: 0 would not show."""
+    from transformers import AutoModelForCausalLM, PhiConfig
+
+    policy = AutoModelForCausalLM.from_config(PhiConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                                        intermediate_size=64, pad_token_id=0, bos_token_id=None, eos_token_id=1))
+    torch.nn.init.normal_(policy.lm_head.bias)
+    assert ppo.logits_are_plain(policy.eval())
+    batch = ppo.make_batch(*rows(5), 0)
+    length = batch["response_ids"].shape[1]
+    plain, parts = (ppo.response_logprobs_in_parts(policy, *ppo.model_inputs(batch), length, 1.0, mb) for mb in (0, 50 * 3 / 2**18))
+    assert torch.allclose(plain * batch["response_mask"], parts, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- sampler

@@ -118,7 +118,7 @@ def memory_plan(stage, cfg):
              "generate: logits": 16 * rows["generate"] * vocabulary, "bf16 copies": copies}
 
     def logits(count):
-        """Bytes of the logits of so many rows and their gradients: four float32 each, or three of a part in TargetLogprobs."""
+        """Bytes of the logits of so many rows and their gradients: four float32 each, or three of a part in `target_logprobs`."""
         part = cfg.logits_mb * 2**18 / vocabulary if cfg.logits_mb else math.inf
         return int(vocabulary * min(16 * count * cfg.max_new_tokens, 12 * part))
 
