@@ -648,7 +648,7 @@ def main(cfg):
     if n < 2 or cfg.repeats < 1 or cfg.bins < 2:
         fail("--responses_per_prompt and --bins must be at least 2, --repeats at least 1")
     device = set_up(cfg.threads)
-    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, device).eval()
+    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, device, frozen=True).eval()
     if not hasattr(reward_model.config, "reward_mean") or not hasattr(reward_model.config, "reward_std"):
         fail(f"{cfg.reward_model} has no reward_mean and reward_std in its config; train it with 02_reward_model.py")
 
@@ -656,7 +656,7 @@ def main(cfg):
     for path in cfg.policies:
         # ---- sample, score, run the tests: repeats x N responses a prompt
         tokenizer = load_tokenizer(path)
-        policy = load_model(AutoModelForCausalLM, path, device, len(tokenizer)).eval()
+        policy = load_model(AutoModelForCausalLM, path, device, len(tokenizer), frozen=True).eval()
         prompt_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
         check_lengths(problems, prompt_ids, cfg.max_new_tokens, policy.config)
         generator = torch.Generator(device).manual_seed(cfg.seed)

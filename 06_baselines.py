@@ -772,14 +772,14 @@ def main(cfg):
     # ---- the policy learns; reference and reward model are frozen, and so is the sampler between its moves
     tokenizer = load_tokenizer(cfg.policy)
     policy = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer)).train()
-    reference = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer)).eval().requires_grad_(False)
-    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, device).eval().requires_grad_(False)
+    reference = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer), frozen=True).eval()
+    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, device, frozen=True).eval()
     if not hasattr(reward_model.config, "reward_mean") or not hasattr(reward_model.config, "reward_std"):
         fail(f"{cfg.reward_model} has no reward_mean and reward_std in its config; train it with 02_reward_model.py")
     models = {"policy": policy}
     sampler = policy if cfg.method == "raft" else reference
     if cfg.method in ("bond", "iterative_dpo"):
-        sampler = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer)).eval().requires_grad_(False)
+        sampler = load_model(AutoModelForCausalLM, cfg.policy, device, len(tokenizer), frozen=True).eval()
         models["sampler"] = sampler
     if cfg.gradient_checkpointing:
         policy.activation_checkpointing_enable()

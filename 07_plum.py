@@ -1023,7 +1023,7 @@ def main(cfg):
         start_from = cfg.both_tasks
     tokenizer = load_tokenizer(start_from)
     policy = load_model(AutoModelForCausalLM, start_from, device, len(tokenizer)).train()
-    reference = load_model(AutoModelForCausalLM, start_from, device, len(tokenizer)).eval().requires_grad_(False)
+    reference = load_model(AutoModelForCausalLM, start_from, device, len(tokenizer), frozen=True).eval()
     sampler = policy if cfg.online else reference
     if cfg.gradient_checkpointing:
         policy.activation_checkpointing_enable()

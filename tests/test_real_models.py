@@ -82,6 +82,7 @@ def test_bfloat16_warns_in_one_line_and_runs_through_all_stages(pipeline, sft, r
 def test_frozen_in_bf16_gives_what_autocast_gives_the_float32_model(ppo, model_folder):
     """A reference held in bf16 must not differ from the policy before the first update: same logprobs to the last bit."""
     policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE)
+    assert {p.dtype for p in ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE, frozen=True).parameters()} == {torch.float32}
     reference = ppo.freeze(ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE), in_bf16=True)
     batch = ppo.make_batch(*rows(), 0)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
