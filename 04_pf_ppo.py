@@ -586,7 +586,7 @@ class PreallocatedLayer(DynamicLayer):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size,
-             look_every=0):
+             look_every=0, stop=()):
     """Sample responses; faster than `model.generate` by a preallocated cache, prompts sorted by length and computed
     once for all their responses, and finished rows dropped from the batch.
 
@@ -596,11 +596,13 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
             the uniform numbers to use, one for each prompt, response and token.
         look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
             1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
+        stop: strings that finish a row, too, at the next look; its response goes on behind them, for the caller to cut.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
     device, eos, training = model.device, tokenizer.eos_token_id, model.training
     model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
     look_every = look_every or (1 if device.type == "cpu" else 16)
+    tail = look_every + max((len(string.encode()) for string in stop), default=0)  # tokens that may hold a new stop string
     # A mask of two dimensions makes transformers look, too (is there any padding?); one of four it takes as it is.
     four_dimensions = (look_every > 1 and model.config._attn_implementation == "sdpa"
                        and not getattr(model.config, "sliding_window", None))
@@ -641,6 +643,9 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
             if t + 1 == max_new_tokens:
                 break
             if (t + 1) % look_every == 0:
+                if stop:
+                    ends = [decode_response(tokenizer, ids) for ids in tokens[active, max(0, t + 1 - tail):t + 1].tolist()]
+                    going = going & torch.tensor([not any(s in end for s in stop) for end in ends], device=device)
                 count = int(going.sum())
                 if count == 0:
                     break

@@ -364,7 +364,7 @@ def test_a_base_model_that_goes_on_passes_with_stop_strings_only(base, sft, eval
     """It answers, goes on with a program of its own, and never emits EOS."""
     monkeypatch.chdir(base["folder"])
     ids = sft.encode_response(base["tokenizer"], "x = 1\nprint(x\n\nx x x")[:-1]  # a syntax error, and no end
-    monkeypatch.setattr(evaluation, "generate", lambda *arguments: [[ids]] * len(base["problems"]))
+    monkeypatch.setattr(evaluation, "generate", lambda *arguments, **options: [[ids]] * len(base["problems"]))
     for number, stop in enumerate(([], ["\nclass", "\nprint"])):
         evaluation.main(evaluation.Config(policies=[str(base["folder"] / "base")], problems=["problems.jsonl"], samples=0,
                                           max_new_tokens=20, workers=1, out=f"out/eval_stop_{number}", stop=stop))
@@ -372,6 +372,28 @@ def test_a_base_model_that_goes_on_passes_with_stop_strings_only(base, sft, eval
         sample = json.loads((base["folder"] / f"out/eval_stop_{number}/samples.jsonl").read_text().splitlines()[0])
         assert results[0]["greedy pass@1"]["mean"] == number
         assert sample["response"] == ("x = 1" if stop else "x = 1\nprint(x\n\nx x x") and sample["truncated"] == (not stop)
+
+
+@pytest.mark.parametrize("look_every", [1, 7])
+def test_generation_ends_at_stop_strings(base, evaluation, look_every):
+    """Cut at the stop string the texts are those of unbroken generation, and the model has run no further than it had to."""
+    path = str(base["folder"] / "base")
+    tokenizer = evaluation.load_tokenizer(path)
+    policy = evaluation.load_model(evaluation.AutoModelForCausalLM, path, DEVICE, len(tokenizer), frozen=True).eval()
+    prompts = [evaluation.encode_prompt(tokenizer, problem["prompt"]) for problem in base["problems"]][:6]
+    passes = []
+    policy.register_forward_hook(lambda *_: passes.append(1))
+
+    def sample(stop):
+        passes.clear()
+        groups = evaluation.generate(policy, tokenizer, prompts, 1, 40, 0.0, None, 64, look_every=look_every, stop=stop)
+        return [evaluation.decode_response(tokenizer, ids) for ids, in groups], len(passes)
+
+    unbroken, all_passes = sample([])
+    stop = [text[len(text) // 3:len(text) // 3 + 5] for text in unbroken if len(text) > 15]  # across tokens, as it falls
+    texts, passes_made = sample(stop)
+    assert stop and passes_made < all_passes
+    assert [evaluation.cut_at_stop(text, stop) for text in texts] == [evaluation.cut_at_stop(text, stop) for text in unbroken]
 
 
 def test_stop_strings_from_the_command_line(evaluation, monkeypatch):
@@ -391,7 +413,7 @@ def test_plain_leaves_the_chat_template_out_for_good(sft, ppo, evaluation, tmp_p
     AutoModelForCausalLM.from_config(config).save_pretrained("base")
     (tmp_path / "problems.jsonl").write_text((json.dumps({**PROBLEM, "task_id": "t", "prompt": PROMPT, "solution": "x"}) + "\n") * 4)
     seen = []
-    monkeypatch.setattr(evaluation, "generate", lambda model, tokenizer, prompts, *_: seen.append(prompts[0]) or [[[5]]] * 4)
+    monkeypatch.setattr(evaluation, "generate", lambda model, tokenizer, prompts, *_, **options: seen.append(prompts[0]) or [[[5]]] * 4)
     for plain in (False, True):
         sft.main(sft.Config(model="./base", data="problems.jsonl", out=f"out/{plain}", epochs=1, max_length=64, plain=plain))
         evaluation.main(evaluation.Config(policies=["./base"], problems=["problems.jsonl"], samples=0, max_new_tokens=4,
