@@ -133,7 +133,7 @@ class Config:
     seed: int = 0  # random seed: order of the prompts, sampling, filter, minibatches
 
 
-# --------------------------------------------------------------------------------------------- the maths, pure functions
+# -------------------------------------------------------------------------------------------- the maths, pure functions
 
 
 def masked_mean(x, mask):
@@ -147,6 +147,73 @@ def whiten(x, mask, shift_mean=True):
     centred = x - mean
     whitened = centred * torch.rsqrt(masked_mean(centred**2, mask) + 1e-8)
     return (whitened if shift_mean else whitened + mean) * mask
+
+
+def filter_weights(rm_scores, strategy, top=0.5, bottom=-0.5):
+    """Weight of each response of one prompt under a filter (paper, section 3: weights over ranks).
+
+    Args:
+        rm_scores: (..., N) normalised rewards; the last dimension holds the responses of one prompt, never a batch.
+        top, bottom: thresholds of the `top*` strategies, in standard deviations of the reward.
+    Returns: (..., N) weights that sum to 1; ties are ranked in order of appearance. A threshold that no response of a
+        prompt passes leaves its best one. pow_k: proportional to |r|^k, r stretched to [-1, 1] within the prompt; without
+        the centring a prompt with only good rewards would be weighted like one end.
+    """
+    scores = torch.as_tensor(rm_scores, dtype=torch.float32)
+    n = scores.shape[-1]
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(-1)  # 0 is the best
+    best, worst = (rank == 0).float(), (rank == n - 1).float()
+    if strategy in ("none", "single", "random2"):  # random2 in expectation
+        weights = torch.ones_like(scores)
+    elif strategy == "bon":
+        weights = best
+    elif strategy == "br":
+        weights = (n - 1) * best + (1 - best) if n > 1 else best
+    elif strategy == "bw":
+        weights = best + worst
+    elif strategy == "top":
+        weights = (scores > top).float()
+    elif strategy == "top_random":
+        weights = 0.5 + 0.5 * (scores > top).float()
+    elif strategy == "top_bottom":
+        weights = ((scores > top) | (scores < bottom)).float()
+    elif strategy in ("pow_1", "pow_2", "pow_3"):
+        low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+        stretched = (2 * (scores - low) / (high - low).clamp(min=1e-9) - 1).abs() ** int(strategy[-1])
+        weights = torch.where(high > low, stretched, torch.ones_like(scores))
+    elif strategy.startswith("ranks_"):  # ranks_0_4 of five is bw
+        weights = torch.isin(rank, torch.tensor([int(r) for r in strategy.split("_")[1:]])).float()
+    else:
+        raise ValueError(f"unknown strategy {strategy!r}")
+    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, best)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def select_responses(rm_scores, strategy, generator, top=0.5, bottom=-0.5):
+    """Which responses PPO trains on: the filter, applied within each prompt and without duplicates.
+
+    Args: rm_scores: (P, N) normalised rewards; generator: CPU torch.Generator for the strategies that draw.
+    Returns: (rows, columns), two int64 tensors in order of prompt, then of response. BoN keeps the best, BR the best and
+        one other at random, BW the best and the worst, random2 two at random; pow_k keeps all (it weights them).
+    """
+    scores = torch.as_tensor(rm_scores, dtype=torch.float32)
+    noise = torch.rand(scores.shape, generator=generator)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(-1)
+    weights = filter_weights(scores, strategy, top, bottom)
+    if strategy == "br":
+        noise = noise.masked_fill(rank == 0, 2.0)  # the best one first, then whichever has the largest noise
+    if strategy in ("br", "random2"):
+        keep = noise.argsort(-1, descending=True).argsort(-1) < 2
+    elif strategy == "top_random":
+        keep = (scores > top) | (noise < 0.5)
+        keep |= ~keep.any(-1, keepdim=True) & (rank == 0)
+    elif strategy.startswith("pow_"):
+        keep = torch.ones_like(scores, dtype=torch.bool)
+    else:
+        keep = weights > 0
+    return keep.nonzero(as_tuple=True)
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
@@ -235,7 +302,418 @@ def adapt_kl_coef(kl_coef, kl, target, responses, horizon):
     return kl_coef * (1 + error * responses / horizon)
 
 
-# ---------------------------------------------------------------- shared helpers (same name, same code in every file)
+# -------------------------------------------------------------------------- R2, for the strategies that measure it (03)
+
+
+def group_means(rm_scores, actual_scores, bins):
+    """Sort by reward and split into groups of equal count -> mean reward, mean actual score of each group, (bins,) both."""
+    order = np.argsort(rm_scores, kind="stable")
+    groups = np.array_split(order, min(bins, len(order)))
+    return (np.array([np.mean(np.asarray(rm_scores)[g]) for g in groups]),
+            np.array([np.mean(np.asarray(actual_scores)[g]) for g in groups]))
+
+
+def r_squared(rm_scores, actual_scores, bins):
+    """Coefficient of determination of an unweighted line through the group means (paper, section 3).
+
+    Args: rm_scores, actual_scores: sequences of equal length; bins: number of groups.
+    Returns: float at most 1; nan where all rewards or all scores are equal, since no line is then better than another.
+    """
+    x, y = group_means(np.asarray(rm_scores, dtype=float), np.asarray(actual_scores, dtype=float), bins)
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    slope, intercept = np.polyfit(x, y, 1)
+    return float(1 - np.sum((y - slope * x - intercept) ** 2) / np.sum((y - y.mean()) ** 2))
+
+
+def draw_responses(rm_scores, strategy, generator, top, bottom):
+    """What a strategy keeps of (P, N) rewards, as (rows, columns). pow_k keeps all and weights them in training; here, where
+    responses are counted and not weighted, two of each prompt are drawn by these weights."""
+    if not strategy.startswith("pow_"):
+        return select_responses(rm_scores, strategy, generator, top, bottom)
+    weights = filter_weights(rm_scores, strategy)
+    columns = torch.multinomial(weights + 1e-6, min(2, weights.shape[1]), generator=generator)
+    rows = torch.arange(len(weights)).repeat_interleave(columns.shape[1])
+    return rows, columns.flatten()
+
+
+def analyse(rm_scores, actual_scores, strategy, generator, cfg):
+    """R2 of one strategy on one repeat: rm_scores (normalised), actual_scores, both (P, N) tensors."""
+    rows, columns = draw_responses(rm_scores, strategy, generator, cfg.top, cfg.bottom)
+    kept_rm, kept_actual = rm_scores[rows, columns].numpy(), actual_scores[rows, columns].numpy()
+    # Centred over all N responses of the prompt, not only those kept: BoN keeps one, which would be its own mean.
+    centred_rm = (rm_scores - rm_scores.mean(1, keepdim=True))[rows, columns].numpy()
+    centred_actual = (actual_scores - actual_scores.mean(1, keepdim=True))[rows, columns].numpy()
+    return {"r2": r_squared(kept_rm, kept_actual, cfg.bins), "r2_within": r_squared(centred_rm, centred_actual, cfg.bins),
+            "kept_per_prompt": len(rows) / len(rm_scores), "pass_rate": float(kept_actual.mean())}
+
+
+def candidate_filters(strategy, responses_per_prompt, min_kept):
+    """The filters that `auto` and `learned` choose from: those of 03, or every set of at least `min_kept` ranks.
+
+    A set of ranks is a weight vector with equal weights on them: `ranks_0_4` of five is BW. BoN (one rank) is what the floor
+    keeps out; without one the search would end at single ranks, whose R2 is mostly luck.
+    """
+    if strategy == "auto":
+        return [s for s in STRATEGIES if s != "random2"]  # which has none's R2, measured on fewer responses
+    return ["_".join(["ranks", *map(str, kept)]) for size in range(min_kept, responses_per_prompt + 1)
+            for kept in itertools.combinations(range(responses_per_prompt), size)]
+
+
+# ------------------------------------------------------------------------------- rollouts in batches, policy and critic
+
+
+def iteration_prompts(count, per_iteration, iteration, seed):
+    """Indices of the problems of an iteration (from 1): slices of an endless sequence of shuffled passes.
+
+    It depends on nothing else, so every strategy of a seed sees the same prompts in the same order, and so does --resume.
+    """
+    first, last = (iteration - 1) * per_iteration, iteration * per_iteration
+    indices = []
+    for epoch in range(first // count, (last - 1) // count + 1):
+        order = list(range(count))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        indices += order[max(first - epoch * count, 0):last - epoch * count]
+    return indices
+
+
+def make_batch(prompts, responses, pad_id):
+    """Token id lists -> prompt_ids (B, P) padded left, response_ids (B, T) padded right, and their masks."""
+    width, length = max(map(len, prompts)), max(map(len, responses))
+    return {
+        "prompt_ids": torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts]),
+        "prompt_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+        "response_ids": torch.tensor([r + [pad_id] * (length - len(r)) for r in responses]),
+        "response_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in responses]),
+    }
+
+
+def take_rows(batch, rows, device):
+    """The rows of a batch, every field of a row together, without the columns that are padding in all of them."""
+    part = {name: field[rows] for name, field in batch.items()}
+    first = part["prompt_mask"].shape[1] - int(part["prompt_mask"].sum(1).max())
+    length = int(part["response_mask"].sum(1).max())
+    for name, field in part.items():
+        if field.dim() == 2:
+            part[name] = field[:, first:] if name.startswith("prompt") else field[:, :length]
+    return {name: field.to(device) for name, field in part.items()}
+
+
+def model_inputs(mb):
+    """input_ids and attention_mask, both (B, P + T), of a batch from `take_rows`."""
+    return (torch.cat([mb["prompt_ids"], mb["response_ids"]], 1),
+            torch.cat([mb["prompt_mask"], mb["response_mask"]], 1))
+
+
+def response_logprobs(model, input_ids, attention_mask, response_length, temperature):
+    """Log-probability of each of the last `response_length` tokens under the model's sampling distribution.
+
+    Args: input_ids, attention_mask: (B, P + T), prompts padded left, responses right; response_length: T.
+    Returns: (B, T) float32; on padding the values mean nothing and are to be masked.
+    """
+    # Left padding shifts a row to the right: without positions from the mask the same row would differ by its neighbours.
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    with autocast(input_ids.device):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False,
+                       logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
+    logits = logits[:, :-1].float() / temperature  # position t predicts token t + 1
+    targets = input_ids[:, -response_length:]
+    return torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1)
+
+
+def response_values(critic, input_ids, attention_mask, response_length):
+    """The critic's value before each of the last `response_length` tokens is seen -> (B, T) float32."""
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    with autocast(input_ids.device):
+        values = critic(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).logits[..., 0]
+    return values[:, -response_length - 1:-1].float()
+
+
+@torch.no_grad()
+def forward_rows(function, batch, rows, batch_size, device):
+    """`function(mb) -> (b, T_mb)` on some rows of a batch, in order of length -> (B, T) on the CPU, 0 everywhere else."""
+    result = torch.zeros(batch["response_mask"].shape)
+    lengths = batch["prompt_mask"].sum(1) + batch["response_mask"].sum(1)
+    for part in rows[lengths[rows].argsort()].split(batch_size):
+        mb = take_rows(batch, part, device)
+        values = function(mb) * mb["response_mask"]
+        result[part, :values.shape[1]] = values.cpu()
+    return result
+
+
+def load_critic(cfg, reward_model, device):
+    """The critic: the RM with a value at every token, its head rescaled to the normalised reward that it will predict.
+
+    With LoRA it is adapters and a head on the blocks of the RM itself, which takes its scores with the adapters off.
+    """
+    if cfg.lora_rank:
+        with torch.device("meta"):  # no memory: the blocks are replaced
+            critic = AutoModelForTokenClassification.from_config(reward_model.config, dtype=getattr(torch, cfg.dtype))
+        setattr(critic, critic.base_model_prefix, reward_model.base_model)
+        add_adapters(critic, cfg.lora_rank, getattr(torch, cfg.dtype), cfg.seed)
+    else:
+        critic = load_model(AutoModelForTokenClassification, cfg.reward_model, device, dtype=getattr(torch, cfg.dtype),
+                            num_labels=1)
+    head = critic.score if hasattr(critic, "score") else critic.classifier  # GPT-2 calls it classifier
+    if cfg.lora_rank:
+        head.to_empty(device=device).requires_grad_(True)
+    mean, std = reward_model.config.reward_mean, reward_model.config.reward_std
+    with torch.no_grad():
+        head.weight.copy_(reward_model.score.weight / std)
+        head.bias.fill_(-mean / std)
+    return critic.train()
+
+
+def train_epoch(model, optimizer, loss_function, batch, rows, cfg, generator, device):
+    """One pass over the rows in random minibatches, an optimiser step each -> statistics, means over tokens.
+
+    `loss_function(mb)` returns (mean loss over the micro-batch's tokens, statistics). Each micro-batch counts by its
+    share of the minibatch's tokens, so that the micro-batch size changes nothing but the memory.
+    """
+    lengths = batch["response_mask"].sum(1)
+    totals, norms, seen = {}, 0.0, 0
+    for minibatch in rows[torch.randperm(len(rows), generator=generator)].split(cfg.minibatch_size):
+        minibatch = minibatch[lengths[minibatch].argsort()]  # micro-batches of similar length
+        tokens = int(lengths[minibatch].sum())
+        for micro_batch, counts in my_micro_batches(minibatch, cfg.micro_batch_size):
+            mb = take_rows(batch, micro_batch, device)
+            loss, statistics = loss_function(mb)
+            share = counts * int(lengths[micro_batch].sum()) / tokens
+            (loss * share).backward()
+            for name, value in {**statistics, "loss": loss.item()}.items():
+                totals[name] = totals.get(name, 0.0) + value * share * tokens
+        norm = clip_gradients(model, cfg.max_grad_norm)
+        if not math.isfinite(norm):
+            raise FloatingPointError("a loss or gradient is not a finite number")
+        norms += norm * tokens
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += tokens
+    totals = {**dict(zip(totals, add_up(list(totals.values())))), "grad_norm": norms}
+    return {name: total / seen for name, total in totals.items()}
+
+
+def plot_curves(metrics, path, title):
+    """Reward and true pass rate of the same rollouts, and KL: over-optimisation is where the first two part."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    steps = [m["iteration"] for m in metrics if m["iteration"]]
+    panels = [("rm_score", "RM reward of the rollouts", "in standard deviations, SFT policy = 0", "tab:orange"),
+              ("pass_rate", "share of programs that pass their tests", "pass rate", "tab:green"),
+              ("kl_per_response", "distance from the SFT policy", "KL, nats per response", "tab:blue")]
+    for axis, (name, heading, label, colour) in zip(axes, panels):
+        axis.plot(steps, [m[name] for m in metrics if m["iteration"]], color=colour,
+                  label="rollouts (temperature 1)" if name == "pass_rate" else None)
+        axis.set(title=heading, xlabel="iteration", ylabel=label)
+        axis.grid(alpha=0.3)
+    checks = [m for m in metrics if "validation_pass_at_1" in m]
+    axes[1].plot([m["iteration"] for m in checks], [m["validation_pass_at_1"] for m in checks], "o--", color="tab:green",
+                 label="validation problems, greedy")
+    axes[1].set_ylim(0, 1)
+    axes[1].legend(loc="lower left")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------- sample, score, test (same name, same code in every file)
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt up to the first response token: chat template for an instruction-tuned model, else plain.
+
+    BOS comes from one place only, the template or the tokenizer. A tokenizer that appends EOS is not heeded: the
+    response is yet to come.
+    """
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer(prompt).input_ids
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+class PreallocatedLayer(DynamicLayer):
+    """The keys and values of one layer, in buffers made once for `capacity` tokens.
+
+    The default cache of transformers grows by concatenation: it copies itself at every token, which for a small
+    model is most of the time.
+    """
+
+    def __init__(self, capacity):
+        super().__init__()
+        self.capacity = capacity
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            heads, width, kind = key_states.shape[1], key_states.shape[3], key_states.device.type
+            # Under autocast attention reads bf16: kept in float32, the whole cache would be cast again at every token.
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key_states.dtype
+            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width, dtype=dtype)
+                            for s in (key_states, value_states)]
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        """Rows repeated (a prompt's responses share its prefix) or dropped (in place); only what is filled is copied."""
+        end = self.get_seq_length()
+        for i, filled in enumerate((self.keys, self.values)):
+            if len(indices) > len(filled):
+                self.buffers[i] = filled.new_empty(len(indices), filled.shape[1], self.capacity, filled.shape[3])
+            self.buffers[i] = self.buffers[i][:len(indices)]
+            self.buffers[i][:, :, :end] = filled.index_select(0, indices)
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size,
+             look_every=0, stop=()):
+    """Sample responses; faster than `model.generate` by a preallocated cache, prompts sorted by length and computed
+    once for all their responses, and finished rows dropped from the batch.
+
+    Args:
+        prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
+        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device, or
+            the uniform numbers to use, one for each prompt, response and token.
+        look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
+            1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
+        stop: strings that finish a row, too, at the next look; its response goes on behind them, for the caller to cut.
+    Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
+    """
+    device, eos, training = model.device, tokenizer.eos_token_id, model.training
+    model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
+    look_every = look_every or (1 if device.type == "cpu" else 16)
+    tail = look_every + max((len(string.encode()) for string in stop), default=0)  # tokens that may hold a new stop string
+    # A mask of two dimensions makes transformers look, too (is there any padding?); one of four it takes as it is.
+    four_dimensions = (look_every > 1 and model.config._attn_implementation == "sdpa"
+                       and not getattr(model.config, "sliding_window", None))
+    responses = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    prompts_per_batch = max(1, batch_size // responses_per_prompt)
+    for first in range(0, len(order), prompts_per_batch):
+        batch = order[first:first + prompts_per_batch]
+        width = len(prompts[batch[-1]])
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)  # (P, width), padded left
+        mask = torch.zeros(len(batch), width + max_new_tokens, dtype=torch.long)
+        for row, i in enumerate(batch):
+            ids[row, width - len(prompts[i]):] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]):] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = Cache(layers=[PreallocatedLayer(mask.shape[1]) for _ in range(model.config.num_hidden_layers)])
+        logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions[:, :width],
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        rows = torch.arange(len(batch), device=device).repeat_interleave(responses_per_prompt)
+        tokens = torch.full((len(rows), max_new_tokens), eos, device=device)
+        active = torch.arange(len(rows), device=device)  # the rows of `tokens` that are still in the batch
+        going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones that have not met EOS
+        cache.batch_select_indices(rows)
+        logits, mask, positions = logits[rows], mask[rows], positions[rows]
+        for t in range(max_new_tokens):
+            if temperature > 0:  # a uniform number falls into a token's share of the cumulative distribution
+                cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
+                if isinstance(generator, torch.Generator):
+                    uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
+                else:
+                    uniform = generator[batch, :, t].flatten()[active, None] * cumulative[:, -1:]
+                chosen = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+            else:
+                chosen = logits.argmax(-1)
+            tokens[active, t] = chosen
+            going = going & (chosen != eos)
+            if t + 1 == max_new_tokens:
+                break
+            if (t + 1) % look_every == 0:
+                if stop:
+                    ends = [decode_response(tokenizer, ids) for ids in tokens[active, max(0, t + 1 - tail):t + 1].tolist()]
+                    going = going & torch.tensor([not any(s in end for s in stop) for end in ends], device=device)
+                count = int(going.sum())
+                if count == 0:
+                    break
+                if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
+                    keep = going.nonzero().squeeze(1)
+                    cache.batch_select_indices(keep)
+                    active, going, chosen = active[keep], going[keep], chosen[keep]
+                    mask, positions = mask[keep], positions[keep]
+            seen = mask[:, :width + t + 1]
+            logits = model(input_ids=chosen[:, None], attention_mask=seen[:, None, None].bool() if four_dimensions else seen,
+                           past_key_values=cache, position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
+        tokens = tokens.tolist()
+        for row, i in enumerate(batch):
+            responses[i] = [cut_at_eos(r, eos) for r in tokens[row * responses_per_prompt:][:responses_per_prompt]]
+    model.train(training)
+    return responses
+
+
+def cut_at_eos(ids, eos):
+    """Token ids up to and including the first EOS; all of them where there is none (a truncated response)."""
+    return ids[:ids.index(eos) + 1] if eos in ids else ids
+
+
+def decode_response(tokenizer, ids):
+    """The text of a response without its EOS, as it continues a prompt.
+
+    SentencePiece tokenizers (Llama 2, CodeLlama, Mistral) drop a space at the start of a text: of "    return x" three would
+    be left, and no program would run. Behind a line break they drop nothing.
+    """
+    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    start = tokenizer("\n", add_special_tokens=False).input_ids
+    return tokenizer.decode(start + ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).removeprefix("\n")
+
+
+def pad_right(sequences, pad_id):
+    """Token id lists -> (B, L) tensor, padded on the right."""
+    length = max(len(sequence) for sequence in sequences)
+    return torch.tensor([sequence + [pad_id] * (length - len(sequence)) for sequence in sequences])
+
+
+@torch.no_grad()
+def score_responses(reward_model, sequences, pad_id, batch_size):
+    """Reward of each sequence (prompt ids + response ids) -> (B,) float32 on the CPU, computed in order of length.
+
+    The score stands on the last token, so right padding is never looked at and needs no attention mask.
+    """
+    scores = torch.zeros(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start:start + batch_size]
+        input_ids = pad_right([sequences[i] for i in batch], pad_id).to(reward_model.device)
+        with autocast(reward_model.device):
+            scores[batch] = reward_model(input_ids=input_ids).logits[:, 0].float().cpu()
+    return scores
+
+
+def run_tests(problems, responses, workers, timeout):
+    """Run responses against the tests of their problems, identical programs once -> list of sandbox.Result."""
+    programs = [sandbox.program(problem, response) for problem, response in zip(problems, responses)]
+    jobs, index = [], {}
+    for problem, code in zip(problems, programs):
+        if index.setdefault((problem["task_id"], code), len(jobs)) == len(jobs):
+            jobs.append({"code": code, "tests": problem["tests"], "setup": problem["setup"],
+                         "entry_point": problem["entry_point"], "timeout": timeout})
+    results = sandbox.run_many(jobs, workers=workers or None)
+    return [results[index[problem["task_id"], code]] for problem, code in zip(problems, programs)]
+
+
+def check_lengths(problems, prompt_ids, max_new_tokens, model_config):
+    """A prompt that leaves no room for a response in the model's context is an error, named before work begins."""
+    context = getattr(model_config, "max_position_embeddings", None) or math.inf
+    longest = max(range(len(problems)), key=lambda i: len(prompt_ids[i]))
+    if len(prompt_ids[longest]) + max_new_tokens > context:
+        fail(f"the prompt of {problems[longest]['task_id']} has {len(prompt_ids[longest])} tokens, and with "
+             f"--max_new_tokens {max_new_tokens} exceeds the model's context of {context}; lower the flag or drop the problem")
+
+
+# ----------------------------------------------------------------------- flags, files, models (same code in every file)
 
 
 def fail(message):
@@ -452,6 +930,26 @@ def load_model(model_class, path, device, tokens=0, dtype=torch.float32, frozen=
     return model.to(device)
 
 
+def save_model(model, tokenizer, directory, weights=None):
+    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete.
+
+    weights: a state dict to save in place of the model's own.
+    """
+    temporary = Path(f"{directory}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, state_dict=weights)
+    tokenizer.save_pretrained(temporary)
+    if Path(directory).exists():
+        shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
+        os.replace(directory, f"{directory}.old")  # never a moment without a whole checkpoint on disk
+    os.replace(temporary, directory)
+    shutil.rmtree(f"{directory}.old", ignore_errors=True)
+
+
+# ---------------------------------------------------------- large models: bf16, LoRA, logits in parts (same code in 01)
+# At the first reading this section and the next can be left out: without their flags they do nothing.
+
+
 def learning_dtype(cfg):
     """--dtype as a torch.dtype, with a warning where it is bfloat16."""
     if cfg.dtype == "bfloat16":
@@ -518,383 +1016,6 @@ def merged_weights(model):
     return weights
 
 
-def save_model(model, tokenizer, directory, weights=None):
-    """Save an ordinary Hugging Face folder, whole or not at all: it gets its name when it is complete.
-
-    weights: a state dict to save in place of the model's own.
-    """
-    temporary = Path(f"{directory}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=weights)
-    tokenizer.save_pretrained(temporary)
-    if Path(directory).exists():
-        shutil.rmtree(f"{directory}.old", ignore_errors=True)  # a kill may have left it
-        os.replace(directory, f"{directory}.old")  # never a moment without a whole checkpoint on disk
-    os.replace(temporary, directory)
-    shutil.rmtree(f"{directory}.old", ignore_errors=True)
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt up to the first response token: chat template for an instruction-tuned model, else plain.
-
-    BOS comes from one place only, the template or the tokenizer. A tokenizer that appends EOS is not heeded: the
-    response is yet to come.
-    """
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    ids = tokenizer(prompt).input_ids
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-class PreallocatedLayer(DynamicLayer):
-    """The keys and values of one layer, in buffers made once for `capacity` tokens.
-
-    The default cache of transformers grows by concatenation: it copies itself at every token, which for a small
-    model is most of the time.
-    """
-
-    def __init__(self, capacity):
-        super().__init__()
-        self.capacity = capacity
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            heads, width, kind = key_states.shape[1], key_states.shape[3], key_states.device.type
-            # Under autocast attention reads bf16: kept in float32, the whole cache would be cast again at every token.
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key_states.dtype
-            self.buffers = [s.new_empty(s.shape[0], heads, self.capacity, width, dtype=dtype)
-                            for s in (key_states, value_states)]
-        start = self.get_seq_length()
-        end = start + key_states.shape[2]
-        for buffer, states in zip(self.buffers, (key_states, value_states)):
-            buffer[:, :, start:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        """Rows repeated (a prompt's responses share its prefix) or dropped (in place); only what is filled is copied."""
-        end = self.get_seq_length()
-        for i, filled in enumerate((self.keys, self.values)):
-            if len(indices) > len(filled):
-                self.buffers[i] = filled.new_empty(len(indices), filled.shape[1], self.capacity, filled.shape[3])
-            self.buffers[i] = self.buffers[i][:len(indices)]
-            self.buffers[i][:, :, :end] = filled.index_select(0, indices)
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-
-
-@torch.no_grad()
-def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, temperature, generator, batch_size,
-             look_every=0, stop=()):
-    """Sample responses; faster than `model.generate` by a preallocated cache, prompts sorted by length and computed
-    once for all their responses, and finished rows dropped from the batch.
-
-    Args:
-        prompts: list of token id lists; temperature: divides the logits, 0 for greedy.
-        batch_size: rows (responses) computed at once; generator: torch.Generator on the model's device, or
-            the uniform numbers to use, one for each prompt, response and token.
-        look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
-            1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
-        stop: strings that finish a row, too, at the next look; its response goes on behind them, for the caller to cut.
-    Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
-    """
-    device, eos, training = model.device, tokenizer.eos_token_id, model.training
-    model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
-    look_every = look_every or (1 if device.type == "cpu" else 16)
-    tail = look_every + max((len(string.encode()) for string in stop), default=0)  # tokens that may hold a new stop string
-    # A mask of two dimensions makes transformers look, too (is there any padding?); one of four it takes as it is.
-    four_dimensions = (look_every > 1 and model.config._attn_implementation == "sdpa"
-                       and not getattr(model.config, "sliding_window", None))
-    responses = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    prompts_per_batch = max(1, batch_size // responses_per_prompt)
-    for first in range(0, len(order), prompts_per_batch):
-        batch = order[first:first + prompts_per_batch]
-        width = len(prompts[batch[-1]])
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)  # (P, width), padded left
-        mask = torch.zeros(len(batch), width + max_new_tokens, dtype=torch.long)
-        for row, i in enumerate(batch):
-            ids[row, width - len(prompts[i]):] = torch.tensor(prompts[i])
-            mask[row, width - len(prompts[i]):] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = Cache(layers=[PreallocatedLayer(mask.shape[1]) for _ in range(model.config.num_hidden_layers)])
-        logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions[:, :width],
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        rows = torch.arange(len(batch), device=device).repeat_interleave(responses_per_prompt)
-        tokens = torch.full((len(rows), max_new_tokens), eos, device=device)
-        active = torch.arange(len(rows), device=device)  # the rows of `tokens` that are still in the batch
-        going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones that have not met EOS
-        cache.batch_select_indices(rows)
-        logits, mask, positions = logits[rows], mask[rows], positions[rows]
-        for t in range(max_new_tokens):
-            if temperature > 0:  # a uniform number falls into a token's share of the cumulative distribution
-                cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
-                if isinstance(generator, torch.Generator):
-                    uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
-                else:
-                    uniform = generator[batch, :, t].flatten()[active, None] * cumulative[:, -1:]
-                chosen = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-            else:
-                chosen = logits.argmax(-1)
-            tokens[active, t] = chosen
-            going = going & (chosen != eos)
-            if t + 1 == max_new_tokens:
-                break
-            if (t + 1) % look_every == 0:
-                if stop:
-                    ends = [decode_response(tokenizer, ids) for ids in tokens[active, max(0, t + 1 - tail):t + 1].tolist()]
-                    going = going & torch.tensor([not any(s in end for s in stop) for end in ends], device=device)
-                count = int(going.sum())
-                if count == 0:
-                    break
-                if count <= 0.8 * len(active):  # dropping costs a copy of the cache, so not for every single row
-                    keep = going.nonzero().squeeze(1)
-                    cache.batch_select_indices(keep)
-                    active, going, chosen = active[keep], going[keep], chosen[keep]
-                    mask, positions = mask[keep], positions[keep]
-            seen = mask[:, :width + t + 1]
-            logits = model(input_ids=chosen[:, None], attention_mask=seen[:, None, None].bool() if four_dimensions else seen,
-                           past_key_values=cache, position_ids=positions[:, width + t, None], use_cache=True).logits[:, -1]
-        tokens = tokens.tolist()
-        for row, i in enumerate(batch):
-            responses[i] = [cut_at_eos(r, eos) for r in tokens[row * responses_per_prompt:][:responses_per_prompt]]
-    model.train(training)
-    return responses
-
-
-def cut_at_eos(ids, eos):
-    """Token ids up to and including the first EOS; all of them where there is none (a truncated response)."""
-    return ids[:ids.index(eos) + 1] if eos in ids else ids
-
-
-def decode_response(tokenizer, ids):
-    """The text of a response without its EOS, as it continues a prompt.
-
-    SentencePiece tokenizers (Llama 2, CodeLlama, Mistral) drop a space at the start of a text: of "    return x" three would
-    be left, and no program would run. Behind a line break they drop nothing.
-    """
-    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    start = tokenizer("\n", add_special_tokens=False).input_ids
-    return tokenizer.decode(start + ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).removeprefix("\n")
-
-
-def run_tests(problems, responses, workers, timeout):
-    """Run responses against the tests of their problems, identical programs once -> list of sandbox.Result."""
-    programs = [sandbox.program(problem, response) for problem, response in zip(problems, responses)]
-    jobs, index = [], {}
-    for problem, code in zip(problems, programs):
-        if index.setdefault((problem["task_id"], code), len(jobs)) == len(jobs):
-            jobs.append({"code": code, "tests": problem["tests"], "setup": problem["setup"],
-                         "entry_point": problem["entry_point"], "timeout": timeout})
-    results = sandbox.run_many(jobs, workers=workers or None)
-    return [results[index[problem["task_id"], code]] for problem, code in zip(problems, programs)]
-
-
-def check_lengths(problems, prompt_ids, max_new_tokens, model_config):
-    """A prompt that leaves no room for a response in the model's context is an error, named before work begins."""
-    context = getattr(model_config, "max_position_embeddings", None) or math.inf
-    longest = max(range(len(problems)), key=lambda i: len(prompt_ids[i]))
-    if len(prompt_ids[longest]) + max_new_tokens > context:
-        fail(f"the prompt of {problems[longest]['task_id']} has {len(prompt_ids[longest])} tokens, and with "
-             f"--max_new_tokens {max_new_tokens} exceeds the model's context of {context}; lower the flag or drop the problem")
-
-
-def pad_right(sequences, pad_id):
-    """Token id lists -> (B, L) tensor, padded on the right."""
-    length = max(len(sequence) for sequence in sequences)
-    return torch.tensor([sequence + [pad_id] * (length - len(sequence)) for sequence in sequences])
-
-
-@torch.no_grad()
-def score_responses(reward_model, sequences, pad_id, batch_size):
-    """Reward of each sequence (prompt ids + response ids) -> (B,) float32 on the CPU, computed in order of length.
-
-    The score stands on the last token, so right padding is never looked at and needs no attention mask.
-    """
-    scores = torch.zeros(len(sequences))
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start:start + batch_size]
-        input_ids = pad_right([sequences[i] for i in batch], pad_id).to(reward_model.device)
-        with autocast(reward_model.device):
-            scores[batch] = reward_model(input_ids=input_ids).logits[:, 0].float().cpu()
-    return scores
-
-
-def filter_weights(rm_scores, strategy, top=0.5, bottom=-0.5):
-    """Weight of each response of one prompt under a filter (paper, section 3: weights over ranks).
-
-    Args:
-        rm_scores: (..., N) normalised rewards; the last dimension holds the responses of one prompt, never a batch.
-        top, bottom: thresholds of the `top*` strategies, in standard deviations of the reward.
-    Returns: (..., N) weights that sum to 1; ties are ranked in order of appearance. A threshold that no response of a
-        prompt passes leaves its best one. pow_k: proportional to |r|^k, r stretched to [-1, 1] within the prompt; without
-        the centring a prompt with only good rewards would be weighted like one end.
-    """
-    scores = torch.as_tensor(rm_scores, dtype=torch.float32)
-    n = scores.shape[-1]
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(-1)  # 0 is the best
-    best, worst = (rank == 0).float(), (rank == n - 1).float()
-    if strategy in ("none", "single", "random2"):  # random2 in expectation
-        weights = torch.ones_like(scores)
-    elif strategy == "bon":
-        weights = best
-    elif strategy == "br":
-        weights = (n - 1) * best + (1 - best) if n > 1 else best
-    elif strategy == "bw":
-        weights = best + worst
-    elif strategy == "top":
-        weights = (scores > top).float()
-    elif strategy == "top_random":
-        weights = 0.5 + 0.5 * (scores > top).float()
-    elif strategy == "top_bottom":
-        weights = ((scores > top) | (scores < bottom)).float()
-    elif strategy in ("pow_1", "pow_2", "pow_3"):
-        low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
-        stretched = (2 * (scores - low) / (high - low).clamp(min=1e-9) - 1).abs() ** int(strategy[-1])
-        weights = torch.where(high > low, stretched, torch.ones_like(scores))
-    elif strategy.startswith("ranks_"):  # ranks_0_4 of five is bw
-        weights = torch.isin(rank, torch.tensor([int(r) for r in strategy.split("_")[1:]])).float()
-    else:
-        raise ValueError(f"unknown strategy {strategy!r}")
-    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, best)
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def select_responses(rm_scores, strategy, generator, top=0.5, bottom=-0.5):
-    """Which responses PPO trains on: the filter, applied within each prompt and without duplicates.
-
-    Args: rm_scores: (P, N) normalised rewards; generator: CPU torch.Generator for the strategies that draw.
-    Returns: (rows, columns), two int64 tensors in order of prompt, then of response. BoN keeps the best, BR the best and
-        one other at random, BW the best and the worst, random2 two at random; pow_k keeps all (it weights them).
-    """
-    scores = torch.as_tensor(rm_scores, dtype=torch.float32)
-    noise = torch.rand(scores.shape, generator=generator)
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(-1)
-    weights = filter_weights(scores, strategy, top, bottom)
-    if strategy == "br":
-        noise = noise.masked_fill(rank == 0, 2.0)  # the best one first, then whichever has the largest noise
-    if strategy in ("br", "random2"):
-        keep = noise.argsort(-1, descending=True).argsort(-1) < 2
-    elif strategy == "top_random":
-        keep = (scores > top) | (noise < 0.5)
-        keep |= ~keep.any(-1, keepdim=True) & (rank == 0)
-    elif strategy.startswith("pow_"):
-        keep = torch.ones_like(scores, dtype=torch.bool)
-    else:
-        keep = weights > 0
-    return keep.nonzero(as_tuple=True)
-
-
-# --------------------------------------------------------------------------- R2, for the strategies that measure it (03)
-
-
-def group_means(rm_scores, actual_scores, bins):
-    """Sort by reward and split into groups of equal count -> mean reward, mean actual score of each group, (bins,) both."""
-    order = np.argsort(rm_scores, kind="stable")
-    groups = np.array_split(order, min(bins, len(order)))
-    return (np.array([np.mean(np.asarray(rm_scores)[g]) for g in groups]),
-            np.array([np.mean(np.asarray(actual_scores)[g]) for g in groups]))
-
-
-def r_squared(rm_scores, actual_scores, bins):
-    """Coefficient of determination of an unweighted line through the group means (paper, section 3).
-
-    Args: rm_scores, actual_scores: sequences of equal length; bins: number of groups.
-    Returns: float at most 1; nan where all rewards or all scores are equal, since no line is then better than another.
-    """
-    x, y = group_means(np.asarray(rm_scores, dtype=float), np.asarray(actual_scores, dtype=float), bins)
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    slope, intercept = np.polyfit(x, y, 1)
-    return float(1 - np.sum((y - slope * x - intercept) ** 2) / np.sum((y - y.mean()) ** 2))
-
-
-def draw_responses(rm_scores, strategy, generator, top, bottom):
-    """What a strategy keeps of (P, N) rewards, as (rows, columns). pow_k keeps all and weights them in training; here, where
-    responses are counted and not weighted, two of each prompt are drawn by these weights."""
-    if not strategy.startswith("pow_"):
-        return select_responses(rm_scores, strategy, generator, top, bottom)
-    weights = filter_weights(rm_scores, strategy)
-    columns = torch.multinomial(weights + 1e-6, min(2, weights.shape[1]), generator=generator)
-    rows = torch.arange(len(weights)).repeat_interleave(columns.shape[1])
-    return rows, columns.flatten()
-
-
-def analyse(rm_scores, actual_scores, strategy, generator, cfg):
-    """R2 of one strategy on one repeat: rm_scores (normalised), actual_scores, both (P, N) tensors."""
-    rows, columns = draw_responses(rm_scores, strategy, generator, cfg.top, cfg.bottom)
-    kept_rm, kept_actual = rm_scores[rows, columns].numpy(), actual_scores[rows, columns].numpy()
-    # Centred over all N responses of the prompt, not only those kept: BoN keeps one, which would be its own mean.
-    centred_rm = (rm_scores - rm_scores.mean(1, keepdim=True))[rows, columns].numpy()
-    centred_actual = (actual_scores - actual_scores.mean(1, keepdim=True))[rows, columns].numpy()
-    return {"r2": r_squared(kept_rm, kept_actual, cfg.bins), "r2_within": r_squared(centred_rm, centred_actual, cfg.bins),
-            "kept_per_prompt": len(rows) / len(rm_scores), "pass_rate": float(kept_actual.mean())}
-
-
-def candidate_filters(strategy, responses_per_prompt, min_kept):
-    """The filters that `auto` and `learned` choose from: those of 03, or every set of at least `min_kept` ranks.
-
-    A set of ranks is a weight vector with equal weights on them: `ranks_0_4` of five is BW. BoN (one rank) is what the floor
-    keeps out; without one the search would end at single ranks, whose R2 is mostly luck.
-    """
-    if strategy == "auto":
-        return [s for s in STRATEGIES if s != "random2"]  # which has none's R2, measured on fewer responses
-    return ["_".join(["ranks", *map(str, kept)]) for size in range(min_kept, responses_per_prompt + 1)
-            for kept in itertools.combinations(range(responses_per_prompt), size)]
-
-
-# ------------------------------------------------------------------------------------------------------ rollout batches
-
-
-def make_batch(prompts, responses, pad_id):
-    """Token id lists -> prompt_ids (B, P) padded left, response_ids (B, T) padded right, and their masks."""
-    width, length = max(map(len, prompts)), max(map(len, responses))
-    return {
-        "prompt_ids": torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts]),
-        "prompt_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
-        "response_ids": torch.tensor([r + [pad_id] * (length - len(r)) for r in responses]),
-        "response_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in responses]),
-    }
-
-
-def take_rows(batch, rows, device):
-    """The rows of a batch, every field of a row together, without the columns that are padding in all of them."""
-    part = {name: field[rows] for name, field in batch.items()}
-    first = part["prompt_mask"].shape[1] - int(part["prompt_mask"].sum(1).max())
-    length = int(part["response_mask"].sum(1).max())
-    for name, field in part.items():
-        if field.dim() == 2:
-            part[name] = field[:, first:] if name.startswith("prompt") else field[:, :length]
-    return {name: field.to(device) for name, field in part.items()}
-
-
-def model_inputs(mb):
-    """input_ids and attention_mask, both (B, P + T), of a batch from `take_rows`."""
-    return (torch.cat([mb["prompt_ids"], mb["response_ids"]], 1),
-            torch.cat([mb["prompt_mask"], mb["response_mask"]], 1))
-
-
-def response_logprobs(model, input_ids, attention_mask, response_length, temperature):
-    """Log-probability of each of the last `response_length` tokens under the model's sampling distribution.
-
-    Args: input_ids, attention_mask: (B, P + T), prompts padded left, responses right; response_length: T.
-    Returns: (B, T) float32; on padding the values mean nothing and are to be masked.
-    """
-    # Left padding shifts a row to the right: without positions from the mask the same row would differ by its neighbours.
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    with autocast(input_ids.device):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False,
-                       logits_to_keep=response_length + 1).logits  # (B, T + 1, V)
-    logits = logits[:, :-1].float() / temperature  # position t predicts token t + 1
-    targets = input_ids[:, -response_length:]
-    return torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1)
-
-
 def target_logprobs(model, targets, real, temperature, logits_mb, **inputs):
     """Log-probability of each target under softmax(logits / temperature), without all logits at once.
 
@@ -945,121 +1066,7 @@ def response_logprobs_in_parts(model, input_ids, attention_mask, response_length
                            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0))
 
 
-def response_values(critic, input_ids, attention_mask, response_length):
-    """The critic's value before each of the last `response_length` tokens is seen -> (B, T) float32."""
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    with autocast(input_ids.device):
-        values = critic(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).logits[..., 0]
-    return values[:, -response_length - 1:-1].float()
-
-
-@torch.no_grad()
-def forward_rows(function, batch, rows, batch_size, device):
-    """`function(mb) -> (b, T_mb)` on some rows of a batch, in order of length -> (B, T) on the CPU, 0 everywhere else."""
-    result = torch.zeros(batch["response_mask"].shape)
-    lengths = batch["prompt_mask"].sum(1) + batch["response_mask"].sum(1)
-    for part in rows[lengths[rows].argsort()].split(batch_size):
-        mb = take_rows(batch, part, device)
-        values = function(mb) * mb["response_mask"]
-        result[part, :values.shape[1]] = values.cpu()
-    return result
-
-
-def load_critic(cfg, reward_model, device):
-    """The critic: the RM with a value at every token, its head rescaled to the normalised reward that it will predict.
-
-    With LoRA it is adapters and a head on the blocks of the RM itself, which takes its scores with the adapters off.
-    """
-    if cfg.lora_rank:
-        with torch.device("meta"):  # no memory: the blocks are replaced
-            critic = AutoModelForTokenClassification.from_config(reward_model.config, dtype=getattr(torch, cfg.dtype))
-        setattr(critic, critic.base_model_prefix, reward_model.base_model)
-        add_adapters(critic, cfg.lora_rank, getattr(torch, cfg.dtype), cfg.seed)
-    else:
-        critic = load_model(AutoModelForTokenClassification, cfg.reward_model, device, dtype=getattr(torch, cfg.dtype),
-                            num_labels=1)
-    head = critic.score if hasattr(critic, "score") else critic.classifier  # GPT-2 calls it classifier
-    if cfg.lora_rank:
-        head.to_empty(device=device).requires_grad_(True)
-    mean, std = reward_model.config.reward_mean, reward_model.config.reward_std
-    with torch.no_grad():
-        head.weight.copy_(reward_model.score.weight / std)
-        head.bias.fill_(-mean / std)
-    return critic.train()
-
-
-def train_epoch(model, optimizer, loss_function, batch, rows, cfg, generator, device):
-    """One pass over the rows in random minibatches, an optimiser step each -> statistics, means over tokens.
-
-    `loss_function(mb)` returns (mean loss over the micro-batch's tokens, statistics). Each micro-batch counts by its
-    share of the minibatch's tokens, so that the micro-batch size changes nothing but the memory.
-    """
-    lengths = batch["response_mask"].sum(1)
-    totals, norms, seen = {}, 0.0, 0
-    for minibatch in rows[torch.randperm(len(rows), generator=generator)].split(cfg.minibatch_size):
-        minibatch = minibatch[lengths[minibatch].argsort()]  # micro-batches of similar length
-        tokens = int(lengths[minibatch].sum())
-        for micro_batch, counts in my_micro_batches(minibatch, cfg.micro_batch_size):
-            mb = take_rows(batch, micro_batch, device)
-            loss, statistics = loss_function(mb)
-            share = counts * int(lengths[micro_batch].sum()) / tokens
-            (loss * share).backward()
-            for name, value in {**statistics, "loss": loss.item()}.items():
-                totals[name] = totals.get(name, 0.0) + value * share * tokens
-        norm = clip_gradients(model, cfg.max_grad_norm)
-        if not math.isfinite(norm):
-            raise FloatingPointError("a loss or gradient is not a finite number")
-        norms += norm * tokens
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seen += tokens
-    totals = {**dict(zip(totals, add_up(list(totals.values())))), "grad_norm": norms}
-    return {name: total / seen for name, total in totals.items()}
-
-
-def iteration_prompts(count, per_iteration, iteration, seed):
-    """Indices of the problems of an iteration (from 1): slices of an endless sequence of shuffled passes.
-
-    It depends on nothing else, so every strategy of a seed sees the same prompts in the same order, and so does --resume.
-    """
-    first, last = (iteration - 1) * per_iteration, iteration * per_iteration
-    indices = []
-    for epoch in range(first // count, (last - 1) // count + 1):
-        order = list(range(count))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        indices += order[max(first - epoch * count, 0):last - epoch * count]
-    return indices
-
-
-def plot_curves(metrics, path, title):
-    """Reward and true pass rate of the same rollouts, and KL: over-optimisation is where the first two part."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
-    steps = [m["iteration"] for m in metrics if m["iteration"]]
-    panels = [("rm_score", "RM reward of the rollouts", "in standard deviations, SFT policy = 0", "tab:orange"),
-              ("pass_rate", "share of programs that pass their tests", "pass rate", "tab:green"),
-              ("kl_per_response", "distance from the SFT policy", "KL, nats per response", "tab:blue")]
-    for axis, (name, heading, label, colour) in zip(axes, panels):
-        axis.plot(steps, [m[name] for m in metrics if m["iteration"]], color=colour,
-                  label="rollouts (temperature 1)" if name == "pass_rate" else None)
-        axis.set(title=heading, xlabel="iteration", ylabel=label)
-        axis.grid(alpha=0.3)
-    checks = [m for m in metrics if "validation_pass_at_1" in m]
-    axes[1].plot([m["iteration"] for m in checks], [m["validation_pass_at_1"] for m in checks], "o--", color="tab:green",
-                 label="validation problems, greedy")
-    axes[1].set_ylim(0, 1)
-    axes[1].legend(loc="lower left")
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-# ----------------------------- several processes, `torchrun --nproc_per_node=K`, share every batch (same code in 01, 02 and 04)
+# ---------------------------- several processes, `torchrun --nproc_per_node=K`, share every batch (same code in 01, 02)
 # One process alone passes through these functions as if they were not there.
 
 
@@ -1217,7 +1224,49 @@ def shared_save(model, tokenizer, directory):
         save_model(model, tokenizer, directory, weights)
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def rollout_shape(cfg):
+    """n prompts and N responses to each of them, for the strategy; flags that do not go together are an error."""
+    n, per_prompt = cfg.prompts_per_iteration, cfg.responses_per_prompt
+    if cfg.strategy == "single":  # PPO-S: as many responses, each to a prompt of its own
+        n, per_prompt = n * per_prompt, 1
+    needed = 2 if cfg.strategy in ("br", "bw", "random2", "auto") or cfg.advantage != "gae" else 1
+    needed = cfg.min_kept if cfg.strategy == "learned" else needed
+    if per_prompt < needed:
+        fail(f"--strategy {cfg.strategy} --advantage {cfg.advantage} needs {needed} responses of a prompt, there are "
+             f"{per_prompt}; raise --responses_per_prompt or change the strategy")
+    if cfg.min_kept < 1 or cfg.bins < 2 or cfg.r2_every < 1 or cfg.r2_prompts < 1:
+        fail("--min_kept, --r2_every and --r2_prompts must be at least 1, --bins at least 2")
+    return n, per_prompt
+
+
+def load_models(cfg, tokenizer, device):
+    """Four models -> {"policy", "critic"}, which learn (no critic without GAE), and two frozen ones, reference and RM.
+
+    With LoRA two are held: the reference is the policy with its adapters off, the critic stands on the blocks of the RM.
+    """
+    home = torch.device("cpu") if cfg.shard else device  # a sharded model goes to the GPU block by block
+    dtype = learning_dtype(cfg)
+    policy = load_model(AutoModelForCausalLM, cfg.policy, home, len(tokenizer), dtype, frozen=cfg.lora_rank > 0)
+    if cfg.lora_rank:
+        policy = reference = add_adapters(policy, cfg.lora_rank, dtype, cfg.seed)
+    else:
+        reference = load_model(AutoModelForCausalLM, cfg.policy, home, len(tokenizer), dtype, frozen=True).eval()
+    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, home, dtype=dtype, frozen=True).eval()
+    if not hasattr(reward_model.config, "reward_mean") or not hasattr(reward_model.config, "reward_std"):
+        fail(f"{cfg.reward_model} has no reward_mean and reward_std in its config; train it with 02_reward_model.py")
+    models = {"policy": policy.train()}
+    if cfg.advantage == "gae":
+        models["critic"] = load_critic(cfg, reward_model, home)
+    if cfg.gradient_checkpointing:
+        for model in models.values():
+            model.activation_checkpointing_enable()
+    if cfg.shard:
+        for model in (reference, reward_model, *models.values()):
+            shard(model, device)
+    return models, reference, reward_model
 
 
 def main(cfg):
@@ -1227,17 +1276,7 @@ def main(cfg):
             fail("--plan needs tools/plan.py beside this script, and it is not there; copy it, too")
         return runpy.run_path(tool)["print_plan"](sys.modules[__name__], cfg)
     started = time.time()
-    n, per_prompt = cfg.prompts_per_iteration, cfg.responses_per_prompt
-    if cfg.strategy == "single":  # PPO-S: as many responses, each to a prompt of its own
-        n, per_prompt = n * per_prompt, 1
-    measures_r2 = cfg.strategy in ("auto", "learned")
-    needed = 2 if cfg.strategy in ("br", "bw", "random2", "auto") or cfg.advantage != "gae" else 1
-    needed = cfg.min_kept if cfg.strategy == "learned" else needed
-    if per_prompt < needed:
-        fail(f"--strategy {cfg.strategy} --advantage {cfg.advantage} needs {needed} responses of a prompt, there are "
-             f"{per_prompt}; raise --responses_per_prompt or change the strategy")
-    if cfg.min_kept < 1 or cfg.bins < 2 or cfg.r2_every < 1 or cfg.r2_prompts < 1:
-        fail("--min_kept, --r2_every and --r2_prompts must be at least 1, --bins at least 2")
+    n, per_prompt = rollout_shape(cfg)
     out = Path(cfg.out or f"out/ppo_{cfg.strategy}")
     state_path = out / "state.pt"
     settings = dataclasses.replace(cfg, resume=False)
@@ -1247,28 +1286,11 @@ def main(cfg):
     problems, validation = read_jsonl(cfg.data, PROBLEM_FIELDS), read_jsonl(cfg.validation, PROBLEM_FIELDS)
     device = set_up(cfg.threads)
     join_processes(device, cfg)
-    home = torch.device("cpu") if cfg.shard else device  # a sharded model goes to the GPU block by block
 
-    # ---- four models: policy and critic learn, reference and reward model are frozen; with LoRA, two learn to be four
-    tokenizer, dtype = load_tokenizer(cfg.policy), learning_dtype(cfg)
-    policy = load_model(AutoModelForCausalLM, cfg.policy, home, len(tokenizer), dtype, frozen=cfg.lora_rank > 0)
-    if cfg.lora_rank:
-        policy = reference = add_adapters(policy, cfg.lora_rank, dtype, cfg.seed)
-    else:
-        reference = load_model(AutoModelForCausalLM, cfg.policy, home, len(tokenizer), dtype, frozen=True).eval()
-    policy.train()
-    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, home, dtype=dtype, frozen=True).eval()
-    if not hasattr(reward_model.config, "reward_mean") or not hasattr(reward_model.config, "reward_std"):
-        fail(f"{cfg.reward_model} has no reward_mean and reward_std in its config; train it with 02_reward_model.py")
-    models = {"policy": policy}
-    if cfg.advantage == "gae":
-        models["critic"] = load_critic(cfg, reward_model, home)
-    if cfg.gradient_checkpointing:
-        for model in models.values():
-            model.activation_checkpointing_enable()
-    if cfg.shard:
-        for model in (reference, reward_model, *models.values()):
-            shard(model, device)
+    # ---- four models: policy and critic learn, reference and reward model are frozen
+    tokenizer = load_tokenizer(cfg.policy)
+    models, reference, reward_model = load_models(cfg, tokenizer, device)
+    policy, critic = models["policy"], models.get("critic")
     learning_rates = {"policy": cfg.lr, "critic": cfg.critic_lr}
     optimizers = {name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rates[name],
                                           weight_decay=0.0, fused=device.type == "cuda" or None)
@@ -1278,12 +1300,21 @@ def main(cfg):
     validation_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in validation]
     check_lengths(problems + validation, prompt_ids + validation_ids, cfg.max_new_tokens, policy.config)
 
+    # ---- the steps of an iteration, on these models
+    def sample(prompts, count, temperature, generator):
+        """`count` responses of the policy to each prompt (token ids), row by row in order of prompt."""
+        with autocast(device):
+            groups = shared_generate(policy, tokenizer, prompts, count, cfg.max_new_tokens, temperature, generator,
+                                     cfg.generate_batch_size)
+        return [ids for group in groups for ids in group]
+
+    def test(problems, responses):
+        texts = [decode_response(tokenizer, ids) for ids in responses]
+        return on_rank_0(run_tests, problems, texts, cfg.workers, cfg.timeout)
+
     def pass_at_1():
         """Share of validation problems solved by the greedy response."""
-        with autocast(device):
-            ids = shared_generate(policy, tokenizer, validation_ids, 1, cfg.max_new_tokens, 0.0, None, cfg.generate_batch_size)
-        texts = [decode_response(tokenizer, group[0]) for group in ids]
-        results = on_rank_0(run_tests, validation, texts, cfg.workers, cfg.timeout)
+        results = test(validation, sample(validation_ids, 1, 0.0, None))
         return sum(result.passed for result in results) / len(results)
 
     def normalised_scores(prompts, responses):
@@ -1296,41 +1327,36 @@ def main(cfg):
 
     def best_filter(generator, cpu_generator):
         """The filter with the highest R2 on new responses of the policy to labelled problems -> name, R2 of each."""
-        labelled, size = validation[:cfg.r2_prompts], per_prompt
-        with autocast(device):
-            groups = shared_generate(policy, tokenizer, validation_ids[:cfg.r2_prompts], size, cfg.max_new_tokens,
-                                     cfg.temperature, generator, cfg.generate_batch_size)
-        rows = [(problem, prompt, ids) for problem, prompt, group in zip(labelled, validation_ids, groups) for ids in group]
-        rm_scores = normalised_scores([prompt for _, prompt, _ in rows], [ids for _, _, ids in rows]).view(-1, size)
-        results = on_rank_0(run_tests, [row[0] for row in rows], [decode_response(tokenizer, ids) for _, _, ids in rows],
-                            cfg.workers, cfg.timeout)
-        actual = torch.tensor([float(result.passed) for result in results]).view(-1, size)
+        labelled, prompts = validation[:cfg.r2_prompts], validation_ids[:cfg.r2_prompts]
+        responses = sample(prompts, per_prompt, cfg.temperature, generator)
+        rm_scores = normalised_scores([ids for ids in prompts for _ in range(per_prompt)], responses).view(-1, per_prompt)
+        results = test([problem for problem in labelled for _ in range(per_prompt)], responses)
+        actual = torch.tensor([float(result.passed) for result in results]).view(-1, per_prompt)
         key = "r2" if cfg.r2 == "pooled" else "r2_within"
         table = {name: analyse(rm_scores, actual, name, cpu_generator, cfg)[key]
-                 for name in candidate_filters(cfg.strategy, size, cfg.min_kept)}
+                 for name in candidate_filters(cfg.strategy, per_prompt, cfg.min_kept)}
         defined = {name: value for name, value in table.items() if not math.isnan(value)}
         if not defined:
             fail("every R2 is undefined: all rewards or all actual scores are equal; check the policy and the reward model")
         return max(defined, key=defined.get), defined
 
     def logprobs_of(model, mb):
-        return response_logprobs_in_parts(model, *model_inputs(mb), mb["response_ids"].shape[1], cfg.temperature,
-                                          logits_mb)
-
-    def forward_shared(function, rows):
-        """`forward_rows` -> (B, T), each process for a part of the rows."""
-        result = torch.zeros(batch["response_mask"].shape)
-        result[rows] = shared_rows(lambda part: forward_rows(function, batch, part, cfg.score_batch_size, device)[part], rows)
-        return result
+        return response_logprobs_in_parts(model, *model_inputs(mb), mb["response_ids"].shape[1], cfg.temperature, logits_mb)
 
     def values_of(mb):
-        return response_values(models["critic"], *model_inputs(mb), mb["response_ids"].shape[1])
+        return response_values(critic, *model_inputs(mb), mb["response_ids"].shape[1])
 
     def policy_loss_of(mb):
         return policy_loss(logprobs_of(policy, mb), mb["old_logprobs"], mb["advantages"], mb["response_mask"], cfg.clip)
 
     def value_loss_of(mb):
         return value_loss(values_of(mb), mb["old_values"], mb["returns"], mb["response_mask"], cfg.value_clip)
+
+    def forward(function, rows):
+        """`forward_rows` of this iteration's batch -> (B, T), each process for a part of the rows."""
+        result = torch.zeros(batch["response_mask"].shape)
+        result[rows] = shared_rows(lambda part: forward_rows(function, batch, part, cfg.score_batch_size, device)[part], rows)
+        return result
 
     # ---- start or resume. All that is random is seeded by the iteration's number: weights and metrics are the whole state.
     if cfg.resume and state_path.is_file():
@@ -1357,18 +1383,15 @@ def main(cfg):
         generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + iteration)
         cpu_generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + iteration)
         strategy, r2 = metrics[-1].get("strategy", cfg.strategy), {}
-        if measures_r2 and (iteration - 1) % cfg.r2_every == 0:
+        if cfg.strategy in ("auto", "learned") and (iteration - 1) % cfg.r2_every == 0:
             strategy, r2 = best_filter(generator, cpu_generator)
             print(f"iteration {iteration:3d}  R2 {r2[strategy]:.3f}: filter {strategy}", flush=True)
 
         # ---- generate: N responses for each of n prompts, rows in order of prompt
         indices = iteration_prompts(len(problems), n, iteration, cfg.seed)
-        with autocast(device):
-            groups = shared_generate(policy, tokenizer, [prompt_ids[i] for i in indices], per_prompt, cfg.max_new_tokens,
-                                     cfg.temperature, generator, cfg.generate_batch_size)
+        responses = sample([prompt_ids[i] for i in indices], per_prompt, cfg.temperature, generator)
         row_problems = [problems[i] for i in indices for _ in range(per_prompt)]
         row_prompts = [prompt_ids[i] for i in indices for _ in range(per_prompt)]
-        responses = [ids for group in groups for ids in group]
         texts = [decode_response(tokenizer, ids) for ids in responses]
         # The tests label rollouts for the log alone, PPO never sees them; they run while the models train.
         tests = background.submit(run_tests, row_problems, texts, cfg.workers, cfg.timeout) if rank() == 0 else None
@@ -1393,12 +1416,12 @@ def main(cfg):
 
         # ---- KL and GAE. Old logprobs come from the training forward pass, not from the sampler: the first ratio is 1.
         measured = every[::per_prompt]  # KL and entropy are logged over one response a prompt: kept ones are a biased sample
-        forward = torch.cat([used, measured]).unique()
-        batch["old_logprobs"] = forward_shared(lambda mb: logprobs_of(policy, mb), forward)
+        either = torch.cat([used, measured]).unique()
+        batch["old_logprobs"] = forward(lambda mb: logprobs_of(policy, mb), either)
         with adapters_off(reference):  # with LoRA it is the policy itself
-            ref_logprobs = forward_shared(lambda mb: logprobs_of(reference, mb), forward)
+            ref_logprobs = forward(lambda mb: logprobs_of(reference, mb), either)
         if cfg.advantage == "gae":
-            batch["old_values"] = forward_shared(values_of, used)
+            batch["old_values"] = forward(values_of, used)
             rewards = token_rewards(scores, batch["old_logprobs"], ref_logprobs, mask, kl_coef)
             advantages, batch["returns"] = gae(rewards, batch["old_values"], mask, cfg.gamma, cfg.lam)
         else:  # the score against those of the same prompt, and the KL penalty of this token and of all that follow
@@ -1429,7 +1452,7 @@ def main(cfg):
                                          f"{cfg.max_kl:g}")
             for _ in range(cfg.epochs):
                 if cfg.advantage == "gae":
-                    critic_statistics = train_epoch(models["critic"], optimizers["critic"], value_loss_of, batch,
+                    critic_statistics = train_epoch(critic, optimizers["critic"], value_loss_of, batch,
                                                     critic_rows, cfg, cpu_generator, device)
                 if cfg.advantage != "gae" or iteration > cfg.critic_warmup:
                     policy_statistics = train_epoch(policy, optimizers["policy"], policy_loss_of, batch, kept, cfg,
