@@ -514,7 +514,7 @@ def logits_are_plain(model):
     with torch.no_grad(), autocast(model.device):
         logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
     hook.remove()
-    return torch.equal(logits, outputs[0])
+    return torch.equal(logits, outputs[0].to(logits.dtype))
 
 
 def resumable(cfg, work):

@@ -579,7 +579,7 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
             the uniform numbers to use, one for each prompt, response and token.
         look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
             1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
-        stop: strings that finish a row, too, at the next look; its response goes on behind them, for the caller to cut.
+        stop: strings that finish a row, too, at the next look; what follows them, be it an EOS, is for the caller to cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
     device, eos, training = model.device, tokenizer.eos_token_id, model.training
@@ -611,13 +611,12 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones that have not met EOS
         cache.batch_select_indices(rows)
         logits, mask, positions = logits[rows], mask[rows], positions[rows]
+        drawn = generator[batch].flatten(0, 1) if isinstance(generator, torch.Tensor) else None  # (rows, max_new_tokens)
         for t in range(max_new_tokens):
             if temperature > 0:  # a uniform number falls into a token's share of the cumulative distribution
                 cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
-                if isinstance(generator, torch.Generator):
-                    uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
-                else:
-                    uniform = generator[batch, :, t].flatten()[active, None] * cumulative[:, -1:]
+                uniform = (torch.rand(len(cumulative), 1, generator=generator, device=device) if drawn is None else
+                           drawn[active, t, None]) * cumulative[:, -1:]
                 chosen = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
             else:
                 chosen = logits.argmax(-1)

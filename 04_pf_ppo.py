@@ -24,6 +24,9 @@ Run     python 04_pf_ppo.py --strategy bw
         torchrun --nproc_per_node=2 04_pf_ppo.py --strategy bw      the same work shared by two GPUs (--shard: models split, too)
         python 04_pf_ppo.py --policy out/sft-7b --reward_model out/rm-7b --lora_rank 16 --plan --card_gb 80    what it needs
 
+To read it: the maths and the filter come first, `main` at the end is the loop above, and between them stand the parts that
+it calls, in the order of an iteration. The sections on large models and on several processes can wait.
+
 Simplified against the paper (section 4): the tiny setting makes one pass over each minibatch (paper: each response is used
 three times on average), has larger learning rates (a model of 0.9M parameters), a larger KL coefficient (with 0.03
 this small model's programs get worse while the reward rises: README), and rewards its policy for nothing but the RM score.
@@ -360,6 +363,17 @@ def candidate_filters(strategy, responses_per_prompt, min_kept):
             for kept in itertools.combinations(range(responses_per_prompt), size)]
 
 
+def best_filter(rm_scores, actual_scores, generator, cfg):
+    """The candidate with the highest R2 on (P, N) normalised rewards and actual scores -> its name, {name: R2}."""
+    key = "r2" if cfg.r2 == "pooled" else "r2_within"
+    table = {name: analyse(rm_scores, actual_scores, name, generator, cfg)[key]
+             for name in candidate_filters(cfg.strategy, rm_scores.shape[1], cfg.min_kept)}
+    defined = {name: value for name, value in table.items() if not math.isnan(value)}
+    if not defined:
+        fail("every R2 is undefined: all rewards or all actual scores are equal; check the policy and the reward model")
+    return max(defined, key=defined.get), defined
+
+
 # ------------------------------------------------------------------------------- rollouts in batches, policy and critic
 
 
@@ -586,7 +600,7 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
             the uniform numbers to use, one for each prompt, response and token.
         look_every: tokens between two looks at which rows have finished. A look makes the host wait for the GPU, so 0 means
             1 on the CPU and 16 on a GPU; what a finished row writes in between is cut off.
-        stop: strings that finish a row, too, at the next look; its response goes on behind them, for the caller to cut.
+        stop: strings that finish a row, too, at the next look; what follows them, be it an EOS, is for the caller to cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
     device, eos, training = model.device, tokenizer.eos_token_id, model.training
@@ -618,13 +632,12 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones that have not met EOS
         cache.batch_select_indices(rows)
         logits, mask, positions = logits[rows], mask[rows], positions[rows]
+        drawn = generator[batch].flatten(0, 1) if isinstance(generator, torch.Tensor) else None  # (rows, max_new_tokens)
         for t in range(max_new_tokens):
             if temperature > 0:  # a uniform number falls into a token's share of the cumulative distribution
                 cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
-                if isinstance(generator, torch.Generator):
-                    uniform = torch.rand(len(cumulative), 1, generator=generator, device=device) * cumulative[:, -1:]
-                else:
-                    uniform = generator[batch, :, t].flatten()[active, None] * cumulative[:, -1:]
+                uniform = (torch.rand(len(cumulative), 1, generator=generator, device=device) if drawn is None else
+                           drawn[active, t, None]) * cumulative[:, -1:]
                 chosen = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
             else:
                 chosen = logits.argmax(-1)
@@ -1053,7 +1066,7 @@ def logits_are_plain(model):
     with torch.no_grad(), autocast(model.device):
         logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
     hook.remove()
-    return torch.equal(logits, outputs[0])
+    return torch.equal(logits, outputs[0].to(logits.dtype))
 
 
 def response_logprobs_in_parts(model, input_ids, attention_mask, response_length, temperature, logits_mb):
@@ -1325,20 +1338,14 @@ def main(cfg):
                                   torch.arange(len(prompts)))
         return (rewards - reward_model.config.reward_mean) / reward_model.config.reward_std
 
-    def best_filter(generator, cpu_generator):
-        """The filter with the highest R2 on new responses of the policy to labelled problems -> name, R2 of each."""
+    def measured_filter(generator, cpu_generator):
+        """`best_filter` on new responses of the policy to labelled problems."""
         labelled, prompts = validation[:cfg.r2_prompts], validation_ids[:cfg.r2_prompts]
         responses = sample(prompts, per_prompt, cfg.temperature, generator)
-        rm_scores = normalised_scores([ids for ids in prompts for _ in range(per_prompt)], responses).view(-1, per_prompt)
+        rm_scores = normalised_scores([ids for ids in prompts for _ in range(per_prompt)], responses)
         results = test([problem for problem in labelled for _ in range(per_prompt)], responses)
-        actual = torch.tensor([float(result.passed) for result in results]).view(-1, per_prompt)
-        key = "r2" if cfg.r2 == "pooled" else "r2_within"
-        table = {name: analyse(rm_scores, actual, name, cpu_generator, cfg)[key]
-                 for name in candidate_filters(cfg.strategy, per_prompt, cfg.min_kept)}
-        defined = {name: value for name, value in table.items() if not math.isnan(value)}
-        if not defined:
-            fail("every R2 is undefined: all rewards or all actual scores are equal; check the policy and the reward model")
-        return max(defined, key=defined.get), defined
+        actual_scores = torch.tensor([float(result.passed) for result in results])
+        return best_filter(rm_scores.view(-1, per_prompt), actual_scores.view(-1, per_prompt), cpu_generator, cfg)
 
     def logprobs_of(model, mb):
         return response_logprobs_in_parts(model, *model_inputs(mb), mb["response_ids"].shape[1], cfg.temperature, logits_mb)
@@ -1384,7 +1391,7 @@ def main(cfg):
         cpu_generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + iteration)
         strategy, r2 = metrics[-1].get("strategy", cfg.strategy), {}
         if cfg.strategy in ("auto", "learned") and (iteration - 1) % cfg.r2_every == 0:
-            strategy, r2 = best_filter(generator, cpu_generator)
+            strategy, r2 = measured_filter(generator, cpu_generator)
             print(f"iteration {iteration:3d}  R2 {r2[strategy]:.3f}: filter {strategy}", flush=True)
 
         # ---- generate: N responses for each of n prompts, rows in order of prompt
