@@ -660,6 +660,7 @@ def main(cfg):
     for path in cfg.policies:
         # ---- sample, score, run the tests: repeats x N responses a prompt
         tokenizer = load_tokenizer(path)
+        policy = None  # the one before makes room: where one fits, two may not
         policy = load_model(AutoModelForCausalLM, path, device, len(tokenizer), frozen=True).eval()
         prompt_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
         check_lengths(problems, prompt_ids, cfg.max_new_tokens, policy.config)

@@ -495,6 +495,7 @@ def main(cfg):
     for path in cfg.policies:
         if path != "canonical":
             tokenizer = load_tokenizer(path, cfg.plain)
+            policy = None  # the one before makes room: where one fits, two may not
             policy = load_model(AutoModelForCausalLM, path, device, len(tokenizer), frozen=True).eval()
         for benchmark, problems in benchmarks.items():
             rng = np.random.default_rng(cfg.seed)  # the same resampled problems for every policy
