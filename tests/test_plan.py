@@ -15,7 +15,8 @@ from test_real_models import saved_bytes
 PLAN = load_script("tools/plan.py")
 
 
-@pytest.fixture(params=[(kind, rank) for kind in ("llama", "qwen2", "gpt2") for rank in (0, 4)], ids=lambda p: f"{p[0]}-lora{p[1]}")
+@pytest.fixture(params=[(kind, rank) for kind in ("llama", "qwen2", "gpt2") for rank in (0, 4)],
+                ids=lambda p: f"{p[0]}-lora{p[1]}")
 def planned(request, ppo, tmp_path):
     """(cfg, its plan, the models as `main` builds them) for a policy and an RM of some size."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -54,7 +54,7 @@ def activation_bytes(model, rows, length, in_bf16):
 
 
 def empty_models(stage, cfg, gpu, layers=None):
-    """{role: model} as the stage has them, on the meta device: shapes without memory. `layers`: number of blocks, None for all."""
+    """{role: model} as the stage has them, on the meta device: shapes, no memory. layers: number of blocks, None: all."""
     def empty(model_class, path, frozen, **options):
         stage.check_model_path(path)
         try:
