@@ -37,7 +37,7 @@ def launch(folder, processes, *command, **options):
 def run(folder, processes, stages):
     stages = json.dumps([[str(flag) for flag in stage] for stage in stages])
     job = launch(folder, processes, ROOT / "tests/distributed_peer.py", stages, folder / f"steps_{processes}.pt")
-    printed = job.communicate(timeout=300)[0]
+    printed = job.communicate(timeout=900)[0]
     assert job.returncode == 0, printed[-4000:]
     return printed
 
@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
     one = ("--policy", "one/sft")
     killed = (*PPO, *one, "--reward_model", "one/rm", "--out", "out/killed")
     job = launch(folders[2], 2, ROOT / PPO[0], *killed[1:], "--shard", "--resume")
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     state = folders[2] / "out/killed/state.pt"
     while not state.exists() and job.poll() is None and time.time() < deadline:
         time.sleep(0.005)
