@@ -346,9 +346,9 @@ def sweep_table(records, prefix, label):
         r2 = [r["r2"]["sft"] for r in records if r["group"] == group and r["method"] == "r2"]
         rows.append([group.removeprefix(prefix), accuracy,
                      *(f"{r2[0][s]['r2']['mean']:.2f} / {r2[0][s]['r2_within']['mean']:.2f}" if r2 else "" for s in ("none", "br", "bw")),
-                     *(cell(list(by_seed(records, group, m, test("last", "greedy")).values())) for m in ("none", "random2", "br", "bw")),
+                     *(cell(list(by_seed(records, group, m, test("last", "greedy")).values())) for m in ("none", "random2", "br", "bw", "bon")),
                      *(cell(paired(records, group, m, "random2", test("last", "greedy")), sign=True) for m in ("br", "bw"))])
-    return markdown([label, "RM accuracy", "R² none", "R² BR", "R² BW", "PPO-M", "random2", "BR", "BW", "BR − random2",
+    return markdown([label, "RM accuracy", "R² none", "R² BR", "R² BW", "PPO-M", "random2", "BR", "BW", "BoN", "BR − random2",
                      "BW − random2"], rows) if rows else "Not run yet.\n"
 
 
@@ -372,7 +372,7 @@ def plot_training(records, path, methods=("none", "random2", "bon", "br", "bw"))
                 axis.fill_between(steps, np.min(runs, 0), np.max(runs, 0), alpha=0.15)
         axis.set(xlabel="iteration", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[1].legend(loc="upper left")
     figure.suptitle("Training: mean over seeds, shaded from the lowest to the highest")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
