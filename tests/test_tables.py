@@ -1,7 +1,9 @@
 """tools/tables.py: a run becomes a record, and the tables say what the records say."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -81,7 +83,15 @@ def test_a_run_is_trained_tested_and_recorded(pipeline, monkeypatch, tmp_path):
     done = tables.train_and_test(run, out)
     assert done["cost"]["samples"] == 6 * 40 and done["cost"]["critic_rows"] == 6 * 16 and done["cost"]["policy_rows"] == 5 * 16
     assert done["checkpoints"]["last"] == 6 and done["checkpoints"]["equal"] == 5  # the first saved one after two iterations
-    assert all(0 <= done["test"][name][kind] <= 1 for name in ("best", "last", "equal") for kind in ("greedy", "sampled"))
+    rows = {Path(row["policy"]).name: row for row in json.loads((out / "eval/results.json").read_text())}
+    at, folders = done["checkpoints"], {"best": "best", "last": "last", "equal": "iteration_5"}
+    assert rows.keys() == {folders[name] for name in folders if name == "last" or at[name] != at["last"]}  # each one once
+    for name, folder in folders.items():
+        row = rows.get(folder, rows["last"])
+        assert done["test"][name] == {"greedy": row["greedy pass@1"]["mean"], "sampled": row["pass@1"]["mean"]}
+    shutil.rmtree(out / "eval")
+    sweep = tables.train_and_test({**run, "group": "kl_0.1"}, out)  # the finished run, as one of a sweep
+    assert sweep["test"] == {"last": done["test"]["last"]} and sweep["checkpoints"] == at
     assert [line["iteration"] for line in done["iterations"]] == list(range(7)) and not list(out.glob("train/iteration_*"))
     tables.RESULTS.mkdir()
     (tables.RESULTS / "results.jsonl").write_text(json.dumps(done) + "\n")
