@@ -355,7 +355,8 @@ def freeze(model, in_bf16):
     model.requires_grad_(False)
     embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     for module in model.modules() if in_bf16 else ():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings:  # an lm_head may be tied
+        product = isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings  # a head may be tied
+        if product and module.weight.shape[0] > 1:  # a head that gives one number stays float32
             module.to(torch.bfloat16)
     return model
 
@@ -451,6 +452,23 @@ def merged_weights(model):
             weight = weight + adapted[module].get_delta_weight("default").float().cpu()
         weights[f"{module}.{kind}" if module else name] = weight
     return weights
+
+
+def float32_head(model):
+    """A reward model or critic that computes its last layer in float32, on a GPU too.
+
+    In bf16 rewards between 2 and 4 are multiples of 1/64: responses would tie in the filter, and the small differences of
+    values from token to token, which GAE is made of, would be lost.
+    """
+    head = model.score if hasattr(model, "score") else model.classifier  # GPT-2 calls that of a critic classifier
+
+    def forward(hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias.float()
+            return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
+
+    head.forward = forward
+    return model
 
 
 def save_model(model, tokenizer, directory, weights=None):
@@ -951,8 +969,8 @@ def main(cfg):
 
     # ---- train; the RM starts as the SFT model with a new scalar head
     torch.manual_seed(cfg.seed)  # the head's first weights
-    reward_model = load_model(AutoModelForSequenceClassification, cfg.policy, home, len(tokenizer), learning_dtype(cfg),
-                              frozen=cfg.lora_rank > 0, num_labels=1)
+    reward_model = float32_head(load_model(AutoModelForSequenceClassification, cfg.policy, home, len(tokenizer),
+                                           learning_dtype(cfg), frozen=cfg.lora_rank > 0, num_labels=1))
     if cfg.lora_rank:
         add_adapters(reward_model, cfg.lora_rank, getattr(torch, cfg.dtype), cfg.seed)
         reward_model.score.to(getattr(torch, cfg.dtype)).requires_grad_(True)  # the new head learns as it is

@@ -351,7 +351,8 @@ def freeze(model, in_bf16):
     model.requires_grad_(False)
     embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     for module in model.modules() if in_bf16 else ():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings:  # an lm_head may be tied
+        product = isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings  # a head may be tied
+        if product and module.weight.shape[0] > 1:  # a head that gives one number stays float32
             module.to(torch.bfloat16)
     return model
 
@@ -381,6 +382,23 @@ def load_model(model_class, path, device, tokens=0, dtype=torch.float32, frozen=
     if frozen:
         freeze(model, device.type == "cuda")  # before it goes to the GPU
     return model.to(device)
+
+
+def float32_head(model):
+    """A reward model or critic that computes its last layer in float32, on a GPU too.
+
+    In bf16 rewards between 2 and 4 are multiples of 1/64: responses would tie in the filter, and the small differences of
+    values from token to token, which GAE is made of, would be lost.
+    """
+    head = model.score if hasattr(model, "score") else model.classifier  # GPT-2 calls that of a critic classifier
+
+    def forward(hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias.float()
+            return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
+
+    head.forward = forward
+    return model
 
 
 def encode_prompt(tokenizer, prompt):
@@ -652,7 +670,7 @@ def main(cfg):
     if n < 2 or cfg.repeats < 1 or cfg.bins < 2:
         fail("--responses_per_prompt and --bins must be at least 2, --repeats at least 1")
     device = set_up(cfg.threads)
-    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, device, frozen=True).eval()
+    reward_model = float32_head(load_model(AutoModelForSequenceClassification, cfg.reward_model, device, frozen=True)).eval()
     if not hasattr(reward_model.config, "reward_mean") or not hasattr(reward_model.config, "reward_std"):
         fail(f"{cfg.reward_model} has no reward_mean and reward_std in its config; train it with 02_reward_model.py")
 

@@ -71,7 +71,7 @@ PROBLEM_FIELDS = {"task_id": str, "prompt": str, "prefix": str, "setup": str, "e
 # What a resumed run may change, after an out-of-memory error, say: it bears on memory, speed or where to stop (and
 # generate_batch_size on the order of random numbers).
 RESUME_MAY_CHANGE = {"resume", "micro_batch_size", "score_batch_size", "generate_batch_size", "gradient_checkpointing",
-                     "shard", "workers", "threads", "max_kl"}
+                     "shard", "workers", "threads", "max_kl", "state_every"}
 
 STRATEGIES = ("none", "random2", "bon", "br", "bw", "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3")
 
@@ -119,7 +119,8 @@ class Config:
     critic_rows: typing.Literal["kept", "all"] = "kept"  # what the critic trains on; paper: the kept responses
     eval_every: int = 5  # iterations between two validations (greedy pass@1); the last iteration always has one
     save_every: int = 0  # also keep the policy of every so many iterations as out/iteration_<i>; 0: none
-    resume: bool = False  # go on from the last finished iteration of an interrupted run
+    state_every: int = 1  # iterations between two saves of state.pt, 12 bytes for each parameter that learns
+    resume: bool = False  # go on from the last saved iteration of an interrupted run
     generate_batch_size: int = 256  # responses generated at once
     score_batch_size: int = 64  # responses scored, or passed through frozen models, at once
     timeout: float = 1.0  # CPU seconds a program may take over its tests
@@ -475,7 +476,7 @@ def load_critic(cfg, reward_model, device):
     with torch.no_grad():
         head.weight.copy_(reward_model.score.weight / std)
         head.bias.fill_(-mean / std)
-    return critic.train()
+    return float32_head(critic).train()
 
 
 def train_epoch(model, optimizer, loss_function, batch, rows, cfg, generator, device):
@@ -911,7 +912,8 @@ def freeze(model, in_bf16):
     model.requires_grad_(False)
     embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     for module in model.modules() if in_bf16 else ():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings:  # an lm_head may be tied
+        product = isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings  # a head may be tied
+        if product and module.weight.shape[0] > 1:  # a head that gives one number stays float32
             module.to(torch.bfloat16)
     return model
 
@@ -941,6 +943,23 @@ def load_model(model_class, path, device, tokens=0, dtype=torch.float32, frozen=
     if frozen:
         freeze(model, device.type == "cuda")  # before it goes to the GPU
     return model.to(device)
+
+
+def float32_head(model):
+    """A reward model or critic that computes its last layer in float32, on a GPU too.
+
+    In bf16 rewards between 2 and 4 are multiples of 1/64: responses would tie in the filter, and the small differences of
+    values from token to token, which GAE is made of, would be lost.
+    """
+    head = model.score if hasattr(model, "score") else model.classifier  # GPT-2 calls that of a critic classifier
+
+    def forward(hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias.float()
+            return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
+
+    head.forward = forward
+    return model
 
 
 def save_model(model, tokenizer, directory, weights=None):
@@ -1250,8 +1269,8 @@ def rollout_shape(cfg):
     if per_prompt < needed:
         fail(f"--strategy {cfg.strategy} --advantage {cfg.advantage} needs {needed} responses of a prompt, there are "
              f"{per_prompt}; raise --responses_per_prompt or change the strategy")
-    if cfg.min_kept < 1 or cfg.bins < 2 or cfg.r2_every < 1 or cfg.r2_prompts < 1:
-        fail("--min_kept, --r2_every and --r2_prompts must be at least 1, --bins at least 2")
+    if cfg.bins < 2 or min(cfg.min_kept, cfg.r2_every, cfg.r2_prompts, cfg.eval_every, cfg.state_every) < 1:
+        fail("--min_kept, --r2_every, --r2_prompts, --eval_every and --state_every must be at least 1, --bins at least 2")
     return n, per_prompt
 
 
@@ -1267,7 +1286,8 @@ def load_models(cfg, tokenizer, device):
         policy = reference = add_adapters(policy, cfg.lora_rank, dtype, cfg.seed)
     else:
         reference = load_model(AutoModelForCausalLM, cfg.policy, home, len(tokenizer), dtype, frozen=True).eval()
-    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, home, dtype=dtype, frozen=True).eval()
+    reward_model = load_model(AutoModelForSequenceClassification, cfg.reward_model, home, dtype=dtype, frozen=True)
+    reward_model = float32_head(reward_model).eval()
     if not hasattr(reward_model.config, "reward_mean") or not hasattr(reward_model.config, "reward_std"):
         fail(f"{cfg.reward_model} has no reward_mean and reward_std in its config; train it with 02_reward_model.py")
     models = {"policy": policy.train()}
@@ -1513,16 +1533,18 @@ def main(cfg):
               + (f"validation {line['validation_pass_at_1']:.3f}  " if "validation_pass_at_1" in line else "")
               + f"{time.time() - started:.0f} s", flush=True)
 
-        # ---- save: state.pt is replaced last, so that a kill at any moment repeats this iteration and no more
+        # ---- save: state.pt is replaced last, so that a kill at any moment repeats what came after it and no more
         if cfg.save_every and iteration % cfg.save_every == 0:
             shared_save(policy, tokenizer, out / f"iteration_{iteration}")
-        state = {"config": dataclasses.asdict(settings), "metrics": metrics, "kl_coef": kl_coef, "best": best,
-                 "models": {name: whole(trained_weights(model)) for name, model in models.items()},
-                 "optimizers": {name: whole(optimizer.state_dict()) for name, optimizer in optimizers.items()}}
         if rank() == 0:
             write_jsonl(out / "metrics.jsonl", metrics)
-            torch.save(state, f"{state_path}.tmp")
-            os.replace(f"{state_path}.tmp", state_path)
+        if iteration % cfg.state_every == 0 or iteration == cfg.iterations:
+            state = {"config": dataclasses.asdict(settings), "metrics": metrics, "kl_coef": kl_coef, "best": best,
+                     "models": {name: whole(trained_weights(model)) for name, model in models.items()},
+                     "optimizers": {name: whole(optimizer.state_dict()) for name, optimizer in optimizers.items()}}
+            if rank() == 0:
+                torch.save(state, f"{state_path}.tmp")
+                os.replace(f"{state_path}.tmp", state_path)
 
     shared_save(policy, tokenizer, out / "last")
     if rank() == 0:

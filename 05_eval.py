@@ -280,7 +280,8 @@ def freeze(model, in_bf16):
     model.requires_grad_(False)
     embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     for module in model.modules() if in_bf16 else ():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings:  # an lm_head may be tied
+        product = isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings  # a head may be tied
+        if product and module.weight.shape[0] > 1:  # a head that gives one number stays float32
             module.to(torch.bfloat16)
     return model
 

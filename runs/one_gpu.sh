@@ -86,8 +86,8 @@ stage 03_r2_analysis.py --policies "$OUT/sft" --reward_model "$OUT/rm" --data "$
 # ---- 4: five passes over the 187 prompts, each response used three times, as in the paper; none is the control without a filter
 for strategy in bw none; do
     shared 04_pf_ppo.py --strategy $strategy --policy "$OUT/sft" --reward_model "$OUT/rm" --data "$DATA/mbpp/ppo.jsonl" \
-        --validation "$DATA/mbpp/validation.jsonl" --out "$OUT/ppo_$strategy" --iterations 15 --epochs 3 --eval_every 3 \
-        --lr "$(scaled 5e-7)" --critic_lr "$(scaled 9e-6)" --kl_coef 0.01 --timeout 3 --workers 0 $ppo \
+        --validation "$DATA/mbpp/validation.jsonl" --out "$OUT/ppo_$strategy" --iterations 15 --epochs 3 \
+        --eval_every 3 --state_every 3 --lr "$(scaled 5e-7)" --critic_lr "$(scaled 9e-6)" --kl_coef 0.01 --timeout 3 --workers 0 $ppo \
         --micro_batch_size "$micro" --generate_batch_size "$rows" $memory --resume ${PPO_FLAGS:-}
 done
 

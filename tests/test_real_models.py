@@ -96,6 +96,26 @@ def test_frozen_in_bf16_gives_what_autocast_gives_the_float32_model(ppo, model_f
         assert (logprobs_of(ppo, policy, batch) - logprobs_of(ppo, plain, batch)).abs().max() > 1e-2
 
 
+def test_rewards_and_values_are_float32_under_autocast(ppo, model_folder):
+    """As on a GPU, frozen in bf16: from 2 to 4 bf16 knows 128 numbers, and rewards would tie in the filter."""
+    reward_model = ppo.load_model(ppo.AutoModelForSequenceClassification, model_folder, DEVICE, num_labels=1)
+    reward_model.config.reward_mean, reward_model.config.reward_std = 0.0, 1.0
+    reward_model.save_pretrained(model_folder.parent / "rm")
+    critic = ppo.load_critic(ppo.Config(reward_model=str(model_folder.parent / "rm")), reward_model, DEVICE)
+    prompts, responses = rows(100)
+    sequences, batch = [p + r for p, r in zip(prompts, responses)], ppo.make_batch(prompts, responses, 0)
+    exact = ppo.score_responses(reward_model, sequences, 0, batch_size=64)
+    ppo.freeze(reward_model, in_bf16=True)
+    assert reward_model.score.weight.dtype == torch.float32
+    in_bf16 = lambda x: (x == x.bfloat16().float()).float().mean()  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16):
+        assert in_bf16(ppo.score_responses(reward_model, sequences, 0, batch_size=64)) == 1  # what it is like without
+        scores = ppo.score_responses(ppo.float32_head(reward_model), sequences, 0, batch_size=64)
+        values = ppo.response_values(critic, *ppo.model_inputs(batch), batch["response_ids"].shape[1])
+    assert in_bf16(scores) < 0.1 and in_bf16(values[batch["response_mask"] == 1]) < 0.1
+    assert (scores - exact).abs().max() < 0.1 * exact.std()
+
+
 # -------------------------------------------------------------------------------------------------------- logits in parts
 
 

@@ -212,6 +212,18 @@ def test_ppo_killed_ten_times_ends_as_if_unbroken(stages, unbroken_ppo):
     assert same_state(out / "state.pt", unbroken_ppo / "state.pt")
 
 
+def test_state_saved_every_four_iterations(stages, unbroken_ppo):
+    """--state_every 4, killed after iteration 10 or a little later: 9 and what followed is repeated, the end is the same."""
+    out = stages.folder / "out/rare_ppo"
+    command = ("04_pf_ppo.py", "--out", "out/rare_ppo", *PPO_FLAGS, "--state_every", 4, "--resume")
+    assert stages.kill(*command, progress=(out / "rollouts/0010.jsonl").exists, seconds=0.0)
+    saved = torch.load(out / "state.pt")["metrics"][-1]["iteration"]
+    assert saved % 4 == 0 and saved >= 8
+    assert f"resuming out/rare_ppo after iteration {saved}\n" in stages.run(*command)
+    assert without_seconds(out / "metrics.jsonl") == without_seconds(unbroken_ppo / "metrics.jsonl")
+    assert same_state(out / "state.pt", unbroken_ppo / "state.pt")  # 30 is no multiple of 4: the last one is saved, too
+
+
 def test_a_full_disk_leaves_the_state_before_and_the_run_goes_on(stages, unbroken_ppo):
     """A write that fails in the middle of state.pt: the one before is whole, and --resume ends as if nothing had been."""
     out = stages.folder / "out/full_ppo"

@@ -135,6 +135,7 @@ def prepare_generate(ppo, args, shape, device, plain):
 
 def prepare_score(ppo, args, shape, device, plain):
     reward_model = random_model(ppo, ppo.AutoModelForSequenceClassification, shape, device, plain, True).eval()
+    reward_model = reward_model if plain else ppo.float32_head(reward_model)
     rng = random.Random(0)
     longest = args.prompt_tokens + args.max_new_tokens
     sequences = [[rng.randrange(2, 30000) for _ in range(rng.randrange(longest // 8, longest))] for _ in range(args.scored)]
@@ -164,6 +165,7 @@ def prepare_train(ppo, args, shape, device, plain):
     else:
         reference = random_model(ppo, ppo.AutoModelForCausalLM, shape, device, plain, True).eval()
         critic = random_model(ppo, ppo.AutoModelForTokenClassification, shape, device, plain).train()
+        critic = critic if plain else ppo.float32_head(critic)
     for module in (*critic.modules(), *policy.modules()):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
