@@ -1122,6 +1122,13 @@ def join_processes(device, cfg):
         sys.stdout = open(os.devnull, "w")
 
 
+def leave_processes():
+    """Wait for the others and end the group. A process that just exits may abort, and torchrun then kills rank 0 at its work."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def rank():
     """The number of this process; 0 is the one that writes and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -1557,3 +1564,4 @@ if __name__ == "__main__":
     config = parse_config(Config, __doc__)
     with memory_advice(config):
         main(config)
+    leave_processes()

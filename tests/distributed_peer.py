@@ -4,7 +4,6 @@ torchrun --nproc_per_node=K tests/distributed_peer.py '[["01_sft.py", "--out", "
 """
 
 import json
-import runpy
 import sys
 
 import torch
@@ -63,15 +62,16 @@ def optimiser_steps(ppo, folder, sharded):
 
 
 def main(stages, out):
-    for command in stages:
-        sys.argv = command
-        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+    for sys.argv in stages:
+        stage = load_script(sys.argv[0])
+        stage.main(stage.parse_config(stage.Config, ""))
         dist.barrier()  # the next stage reads what rank 0 has just written
     ppo = load_script("04_pf_ppo.py")
     ppo.join_processes(torch.device("cpu"), ppo.Config())
     results = {kind: optimiser_steps(ppo, out.parent, kind == "sharded") for kind in ("shared", "sharded")}
     if dist.get_rank() == 0:
         torch.save(results, out)
+    ppo.leave_processes()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ def launch(folder, processes, *command, **options):
 
 def run(folder, processes, stages):
     stages = json.dumps([[str(flag) for flag in stage] for stage in stages])
-    job = launch(folder, processes, ROOT / "tests/distributed_peer.py", stages, folder / f"steps_{processes}.pt")
+    return ended(launch(folder, processes, ROOT / "tests/distributed_peer.py", stages, folder / f"steps_{processes}.pt"))
+
+
+def ended(job):
+    """What a job has printed when it came to its end."""
     printed = job.communicate(timeout=900)[0]
     assert job.returncode == 0, printed[-4000:]
     return printed
@@ -68,16 +72,18 @@ def runs(tmp_path_factory):
                 os.kill(int(process.name), signal.SIGKILL)
         except OSError:
             pass
-    job.communicate()
-    assert state.exists() and not (folders[2] / "out/killed/last").exists()
+    log = job.communicate()[0]
+    assert state.exists() and not (folders[2] / "out/killed/last").exists(), log[-4000:]
     printed[2] = run(folders[2], 2, [
         (*SFT, "--out", "out/sft"), (*SFT, "--out", "out/sft_sharded", "--shard", "--gradient_checkpointing"),
         (*RM, *one, "--out", "out/rm"), (*RM, *one, "--out", "out/rm_sharded", "--shard"),
         (*PPO, *one, "--reward_model", "one/rm", "--out", "out/ppo"),
-        (*PPO, *one, "--reward_model", "one/rm", "--out", "out/ppo_sharded", "--shard"), (*killed, "--resume"),
+        (*PPO, *one, "--reward_model", "one/rm", "--out", "out/ppo_sharded", "--shard"),
         (*PPO, *one, "--reward_model", "one/rm", "--out", "out/ppo_auto", "--strategy", "auto", "--iterations", 1, "--shard"),
         *[(*command, *one, "--reward_model", "one/rm") for command in with_lora]])
-    return {**folders, "printed": printed}
+    # As the reader types it. Without `leave_processes` this ended one time in ten with rank 1 aborted and rank 0 killed.
+    resumed = ended(launch(folders[2], 2, ROOT / PPO[0], *killed[1:], "--resume"))
+    return {**folders, "printed": printed, "resumed": resumed}
 
 
 def weights(folder):
@@ -168,7 +174,7 @@ def test_the_filter_is_chosen_by_r2_of_shared_responses(runs):
 
 
 def test_one_process_prints_and_shard_needs_torchrun(runs, ppo, capsys):
-    assert runs["printed"][2].count("saved out/ppo:") == 1 and runs["printed"][2].count("resuming out/killed") == 1
+    assert runs["printed"][2].count("saved out/ppo:") == 1 and runs["resumed"].count("resuming out/killed") == 1
     for cfg, words in ((ppo.Config(shard=True), "torchrun"), (ppo.Config(shard=True, lora_rank=4), "--lora_rank")):
         with pytest.raises(SystemExit) as stop:
             ppo.join_processes(torch.device("cpu"), cfg)
