@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,18 +229,40 @@ def test_every_strategy_and_variant_runs(pipeline, ppo, flags, monkeypatch, caps
         assert last["kl_coef"] != cfg.kl_coef
 
 
-@pytest.mark.parametrize("flags, lowest, highest", [(("--profile", "clean"), 0.9, 1.0), (("--profile", "everywhere"), 0.55, 0.85)])
-def test_controlled_reward_follows_its_profile(pipeline, flags, lowest, highest):
+@pytest.mark.parametrize("profile, lowest, highest", [("clean", 0.99, 1.0), ("everywhere", 0.5, 0.9)])
+def test_stages_with_a_controlled_reward(pipeline, profile, lowest, highest):
     """tools/controlled.py: a clean reward tells passing from failing, one that is half noise does so less; PPO runs on it."""
-    folder, out = pipeline["folder"], f"out/controlled_{flags[1]}"
+    folder, out, flags = pipeline["folder"], f"out/controlled_{profile}", ("--profile", profile)
     run_script("tools/controlled.py", "r2", *flags, "--", "--out", out, "--repeats", 1, "--bins", 5, "--responses_per_prompt", 5,
                "--threads", 1, cwd=folder)
     samples = read(folder / out / "samples.jsonl")
     good, bad = (torch.tensor([s["rm_score"] for s in samples if s["actual_score"] == actual]) for actual in (1.0, 0.0))
-    assert lowest < (good[:, None] > bad).float().mean() < highest  # share of (passing, failing) pairs in the right order
+    assert lowest <= (good[:, None] > bad).float().mean() <= highest  # share of (passing, failing) pairs in the right order
     run_script("tools/controlled.py", "ppo", *flags, "--noise", "length", "--", "--strategy", "br", "--out", f"{out}_ppo",
                *PPO_FLAGS[2:], "--iterations", 1, cwd=folder)
     assert len(read(folder / f"{out}_ppo/rollouts/0001.jsonl")) == 40
+
+
+# Share of passing responses among the worst fifth, from 25 to 85%, and the best 7% of the rewards; 30% pass.
+@pytest.mark.parametrize("profile, accuracy, expected", [
+    ("clean", 1.0, (0.0, None, 1.0)), ("moderate", 0.75, (0.0, 0.3, 1.0)), ("high", 0.75, (0.0, None, 0.3)),
+    ("low", 0.75, (0.3, None, 1.0)), ("everywhere", 0.75, (0.15, None, 0.65))])
+def test_profiles_differ_in_where_they_err_not_in_how_often(profile, accuracy, expected):
+    sys.path.insert(0, str(ROOT / "tools"))
+    import controlled
+
+    samples = [{"prompt": "p", "response": f"r{i}" + "x" * (i % 50), "passed_tests": 3 if i * 7919 % 10 < 3 else i % 3, "total_tests": 3}
+               for i in range(6000)]
+    stage = SimpleNamespace(encode_prompt=lambda tokenizer, prompt: [1])
+    reward = controlled.ProfileReward(stage, None, [{"prompt": "p"}], samples[:3000], profile, "hash", 1.0, 0.0, 1.0).reward
+    rewards = torch.tensor([reward("p" + s["response"], s["response"], s["passed_tests"] / 3) for s in samples[3000:]])
+    passes = torch.tensor([float(s["passed_tests"] == 3) for s in samples[3000:]])
+    assert abs(rewards.mean()) < 0.05 and abs(rewards.std() - 1) < 0.05 and passes.mean() == pytest.approx(0.3, abs=0.01)
+    right = (rewards[passes == 1][:, None] > rewards[passes == 0]).float().mean().item()
+    assert right == pytest.approx(accuracy, abs=0.03)
+    places = rewards.argsort().argsort() / len(rewards)
+    for (low, high), share in zip(((0.0, 0.18), (0.25, 0.85), (0.93, 1.0)), expected):
+        assert share is None or passes[(places >= low) & (places < high)].mean().item() == pytest.approx(share, abs=0.07)
 
 
 def test_worse_reward_models_on_purpose(pipeline):

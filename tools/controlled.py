@@ -1,19 +1,25 @@
 """Stages 3 and 4 with a reward whose reliability is set by hand: is it *because* moderate rewards are unreliable that
-filtering helps? The paper observes the two together; here the profile is the only thing that changes.
+filtering helps? The paper observes the two together; here nothing else changes.
 
-The reward of a response starts from the truth, f = share of its tests passed, plus a little noise that is fixed by its text,
-so that a continuum of rewards arises. u in [0, 1] is its place among the SFT policy's responses (0 the worst). A profile then
-takes the reward's meaning away from half of all responses, by replacing u with a number that knows nothing of the tests:
+A share of all responses, chosen by a hash of the text, is disturbed: its reward no longer says whether it passes its tests,
+and is a number v in [0, 1) instead. The rest are in order: those that pass above those that fail, and in both the ones with
+more tests passed above (with a little noise, so that a continuum arises). The profile says where among them the disturbed
+ones stand:
 
-    clean        u stays
-    moderate     of u in [0.25, 0.75]: a place in [0.25, 0.75] by v      the paper's picture of a reward model
-    high         of u in [0.50, 1.00]: a place in [0.50, 1.00] by v      an RM that cannot tell the best from the good
-    low          of u in [0.00, 0.50]: a place in [0.00, 0.50] by v
-    everywhere   every second response, wherever it stands: v
+    clean        nothing is disturbed
+    moderate     71% are; they stand between the others: the best rewards all pass, the worst all fail (the paper's picture)
+    high         29% are; they stand above all others: nobody can tell what a high reward is worth
+    low          29% are; they stand below all others
+    everywhere   50% are, spread over all others
 
-v is a number in [0, 1] from a hash of the text (`--noise hash`: nobody can learn it) or the place of the response's length
+The shares are such that each of the four puts three of four pairs (one that passes, one that fails) in the right order: as
+reward models they are equally accurate, and differ in where they err. Half of a pair's chance is lost where both are disturbed
+(moderate), all of it where a failing one is lifted above a passing one (high), or a passing one is sunk (low).
+
+v is a number from a hash of the text (`--noise hash`: nobody can learn it) or the place of the response's length
 among the SFT responses to all prompts (`--noise length`: a policy can, and gains reward by writing longer programs). The reward
-is the u-quantile of the standard normal distribution. What remains of the reward model is the critic's first weights.
+is the quantile of the standard normal distribution at the place of the response among those of the SFT policy: rewards are
+distributed alike in all profiles. What remains of the reward model is the critic's first weights.
 
 Reads   out/rm/samples.jsonl (responses of the SFT policy with their verdicts), and what the stage reads
 Run     python tools/controlled.py r2 --profile moderate -- --out out/controlled/r2_moderate
@@ -32,7 +38,8 @@ from statistics import NormalDist
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-REGIONS = {"clean": (0.0, 0.0), "moderate": (0.25, 0.75), "high": (0.5, 1.0), "low": (0.0, 0.5), "everywhere": (0.0, 1.0)}
+SHARES = {"clean": 0.0, "moderate": 0.707, "high": 0.293, "low": 0.293, "everywhere": 0.5}  # of responses that are disturbed
+LEVELS = {"low": -1, "failed": 0, "moderate": 1, "passed": 2, "high": 3}
 STAGES = {"r2": "03_r2_analysis.py", "ppo": "04_pf_ppo.py"}
 
 
@@ -60,14 +67,6 @@ def place(ordered, value):
     return (bisect.bisect_left(ordered, value) + bisect.bisect_right(ordered, value)) / (2 * len(ordered))
 
 
-def disturb(u, v, text, profile):
-    """The place of a response after the profile took its meaning: in the profile's region it is decided by v alone."""
-    low, high = REGIONS[profile]
-    if profile == "everywhere" and hash_number(text, "which") < 0.5:
-        return u
-    return low + (high - low) * v if low <= u < high or u == high == 1 else u
-
-
 class ProfileReward:
     """Stands in for `score_responses` of a stage: same arguments, but the reward follows a profile.
 
@@ -81,8 +80,11 @@ class ProfileReward:
         self.profile, self.noise, self.mean, self.std = profile, noise, mean, std
         self.problems = {tuple(stage.encode_prompt(tokenizer, problem["prompt"])): problem for problem in problems}
         self.lengths = sorted({len(ids) for ids in self.problems})
-        self.base = sorted(base_reward(s["passed_tests"] / s["total_tests"], s["prompt"] + s["response"]) for s in samples)
-        self.sizes = sorted(len(s["response"]) for s in samples)
+        known = [(s["prompt"] + s["response"], s["response"], s["passed_tests"] / s["total_tests"]) for s in samples]
+        self.base = sorted(base_reward(share_passed, key) for key, _, share_passed in known)
+        self.sizes = sorted(len(response) for _, response, _ in known)
+        self.in_order = sorted(self.undisturbed(key, share_passed) for key, _, share_passed in known)
+        self.levels = sorted(self.level(*each) for each in known)
 
     def __call__(self, reward_model, sequences, pad_id, batch_size):
         problems, responses = [], []
@@ -94,17 +96,28 @@ class ProfileReward:
         return torch.tensor([self.reward(problem["prompt"] + text, text, result.passed_tests / result.total_tests)
                              for problem, text, result in zip(problems, responses, results)]) * self.std + self.mean
 
-    def reward(self, key, response, share_passed):
-        u = place(self.base, base_reward(share_passed, key))
+    def undisturbed(self, key, share_passed):
+        """The level of a response whose reward is right: from 0 to 1 those that fail, from 2 to 3 those that pass."""
+        return LEVELS["passed" if share_passed == 1 else "failed"] + place(self.base, base_reward(share_passed, key))
+
+    def level(self, key, response, share_passed):
+        """A number that orders responses as this profile does; `key` is the whole text, which decides what is random."""
+        if hash_number(key, "which") >= SHARES[self.profile]:
+            return self.undisturbed(key, share_passed)
         v = hash_number(key, "noise") if self.noise == "hash" else place(self.sizes, len(response))
-        u = disturb(u, v, key, self.profile)
+        if self.profile == "everywhere":
+            return self.in_order[min(int(v * len(self.in_order)), len(self.in_order) - 1)]
+        return LEVELS[self.profile] + v
+
+    def reward(self, key, response, share_passed):
+        u = place(self.levels, self.level(key, response, share_passed))
         return NormalDist().inv_cdf(min(max(u, 1e-3), 1 - 1e-3))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--profile", choices=REGIONS, default="moderate")
+    parser.add_argument("--profile", choices=SHARES, default="moderate")
     parser.add_argument("--noise", choices=("hash", "length"), default="hash")
     parser.add_argument("--samples", default="out/rm/samples.jsonl", help="responses of the SFT policy with their verdicts")
     args, rest = parser.parse_known_args()

@@ -77,7 +77,7 @@ def plan():
     main_group({name: ["07_plum.py", *flags] for name, flags in PLUM.items()}, range(5))
     for seed in range(3):
         for profile, noise in PROFILES:
-            for name in ("none", "random2", "br", "bw") + (("bon",) if profile == "clean" else ()):  # BoN with a perfect reward
+            for name in ("none", "random2", "br", "bw", "bon"):
                 command = ["tools/controlled.py", "ppo", "--profile", profile, "--noise", noise, "--", "--strategy", name, *SHORT]
                 add(f"profile_{profile}_{noise}", name, seed, command)
             if seed == 0:
