@@ -36,7 +36,7 @@ PLUM = {"plum_dpo": ["--loss", "dpo"], "plum_kto": ["--loss", "kto"], "plum_onli
 EQUAL_PASSES = 2400  # responses trained on: BR, BW and random2 in 25 iterations, PPO-M in 10
 RMS = {"pairs_50": ["--max_pairs", "50", "--epochs", "20"], "pairs_300": ["--max_pairs", "300", "--epochs", "8"],
        "pairs_1000": ["--max_pairs", "1000", "--epochs", "4"], "noise_0.2": ["--label_noise", "0.2"],
-       "noise_0.4": ["--label_noise", "0.4"]}
+       "noise_0.4": ["--label_noise", "0.4"], "pairs_all": []}  # all: 4,979; that of runs/tiny.sh
 PROFILES = [("clean", "hash"), ("moderate", "hash"), ("high", "hash"), ("low", "hash"), ("everywhere", "hash"),
             ("moderate", "length"), ("high", "length"), ("everywhere", "length")]
 # arXiv 2409.06957v5: Table 1, R2 of none, BoN, BR, BW; Table 2, pass@1 on HumanEval / MBPP / LeetCode; Table 3, HumanEval and R2
