@@ -114,7 +114,7 @@ class Config:
     kl_control: typing.Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef follows kl_target
     kl_target: float = 1.0  # adaptive: the KL from the reference to aim at, nats per response
     kl_horizon: int = 1000  # adaptive: responses over which kl_coef may change by a factor of about e
-    max_kl: float = 100.0  # nats per response; more stops the run. Over-optimised tiny runs reach 12, broken ones 600 and more
+    max_kl: float = 100.0  # nats per response; more stops the run. The over-optimised run of the README reaches 6, broken ones 600
     whiten_before_filter: bool = False  # the wrong order, for comparison: with bon all advantages come out positive
     critic_rows: typing.Literal["kept", "all"] = "kept"  # what the critic trains on; paper: the kept responses
     eval_every: int = 5  # iterations between two validations (greedy pass@1); the last iteration always has one

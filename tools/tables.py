@@ -48,6 +48,10 @@ PAPER_2 = {"sft": "74.2 / 70.8 / 15.2", "raft": "76.9 / 71.3 / 17.8", "bond": "8
 PAPER_3 = {"single": (78.1, 0.782), "none": (80.8, 0.886), "bon": (75.8, 0.454), "br": (82.9, 0.841), "bw": (82.4, 0.952),
            "top": (80.5, 0.621), "top_random": (81.9, 0.889), "top_bottom": (81.7, 0.927), "pow_1": (81.0, 0.926),
            "pow_2": (81.3, 0.939), "pow_3": (81.9, 0.946)}
+NOTE_2 = (f"6,000 samples; `auto` and `learned` 8,500, since they measure R². *best*: the checkpoint with the best validation pass@1; "
+          f"*last*: iteration 25; *sampled*: 4 responses a problem at temperature 1; *responses trained on*: by the policy, which "
+          f"waits for the critic for two iterations; *{EQUAL_PASSES:,} trained on*: the first fifth iteration after which critic or policy has "
+          f"seen so many (10 of PPO-M, 25 of BW).\n\n")
 SHORT = ["--iterations", "15"]  # sweeps: enough to see a difference, three fifths of the time
 
 
@@ -319,7 +323,9 @@ def table_3(records):
                          f"{draws[0]:+.2f}, 95% interval over seeds {low:+.2f} to {high:+.2f}.\n\n")
     paper = [scipy.stats.spearmanr(*zip(*[row for s, row in PAPER_3.items() if s not in left_out])).statistic
              for left_out in ((), ("bon", "top"))]
-    return text + (f"In the paper's Table 3, of pooled R² and HumanEval over {len(PAPER_3)} strategies, one run each: {paper[0]:+.2f}, "
+    text += ("(The paper's tables differ from each other: R² of BR is .922 in its Table 1 and .841 in its Table 3; PPO-M has 80.2 in Table 2 "
+             "and 80.8 in Table 3.)\n\n")
+    return text + (f"In the paper's Table 3, of pooled R² and HumanEval over {len(PAPER_3)} strategies, one number each: {paper[0]:+.2f}, "
                    f"without BoN and `top` {paper[1]:+.2f}.\n")
 
 
@@ -410,22 +416,53 @@ def plot_frontier(records, path):
     plt.close(figure)
 
 
+def plot_profiles(records, path):
+    """The controlled experiment: pass@1 of each filter (a point a seed, a bar at the mean) under each profile."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = [group for group in (f"profile_{profile}_{noise}" for profile, noise in PROFILES) if methods_of(records, group)]
+    if not groups:
+        return
+    figure, axis = plt.subplots(figsize=(1.9 * len(groups) + 2, 4.4))
+    for k, method in enumerate(FILTERS[:5]):
+        for at, group in enumerate(groups):
+            values = list(by_seed(records, group, method, test("last", "greedy")).values())
+            if values:
+                x = at + (k - 2) * 0.16
+                axis.plot([x] * len(values), values, ".", color=f"C{k}", alpha=0.6)
+                axis.plot([x - 0.06, x + 0.06], [np.mean(values)] * 2, color=f"C{k}", linewidth=3)
+        axis.plot([], [], color=f"C{k}", linewidth=3, label=method)
+    for value in by_seed(records, "main", "sft", test("best", "greedy")).values():
+        axis.axhline(value, color="gray", linestyle="--", label="SFT")
+    axis.set_xticks(range(len(groups)), [group.removeprefix("profile_").replace("_", "\n") for group in groups])
+    axis.set(xlabel="where the reward is unreliable, and by what", ylabel="greedy pass@1, test, iteration 15")
+    axis.grid(alpha=0.3, axis="y")
+    axis.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.13), frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def show(records):
     """Tables and figures from results.jsonl alone."""
     parts = ["# Tables\n", "Written by `python tools/tables.py show` from results.jsonl. pass@1 in percent on the 500 test problems of "
              "the tiny set; ± is the half width of a 95% interval over seeds (Student's t). What they mean: README.md here.\n"]
     for title, text in (
             ("Table 1: R² of the filters for SFT, middle (iteration 10) and final policy of PPO-M", table_1(records)),
-            ("Table 2: all methods at equal numbers of generated samples", table_2(records)),
+            ("Table 2: all methods at equal numbers of generated samples", NOTE_2 + table_2(records)),
             ("Table 3: does R² on the SFT policy predict the result of training?", table_3(records)),
+            ("Table 4: the reward's reliability set by hand (15 iterations)", sweep_table(records, "profile_", "profile")),
+            ("Table 5: KL coefficient", sweep_table(records, "kl_", "coefficient")),
             ("Table 6: what a run costs (one thread; other runs beside it)", table_6(records)),
-            ("KL coefficient", sweep_table(records, "kl_", "coefficient")),
-            ("Quality of the reward model (15 iterations)", sweep_table(records, "rm_", "reward model")),
-            ("Reliability set by hand (15 iterations)", sweep_table(records, "profile_", "profile"))):
+            ("Table 7: quality of the reward model (15 iterations)", sweep_table(records, "rm_", "reward model"))):
         parts += [f"## {title}\n", text]
     (RESULTS / "tables.md").write_text("\n".join(parts), encoding="utf-8")
     plot_training(records, RESULTS / "training.png")
     plot_frontier(records, RESULTS / "frontier.png")
+    plot_profiles(records, RESULTS / "profiles.png")
     print("\n".join(parts))
 
 
