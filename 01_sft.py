@@ -244,6 +244,9 @@ def set_up(threads):
     transformers.logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
+    # On Hopper PyTorch 2.13 prefers cuDNN's attention, whose backward pass gives nan for some lengths with a mask
+    # (pytorch issue 196678), and which plans anew for each length: that is, for each token generated.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -544,7 +547,7 @@ def save_state(path, model, optimizer, scheduler, **progress):
 
 def load_state(path, model, optimizer, scheduler):
     """Put back what `save_state` has saved -> its progress."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     load_parts(model, optimizer, state.pop("model"), state.pop("optimizer"))
     scheduler.load_state_dict(state.pop("scheduler"))
     return state
@@ -584,7 +587,8 @@ def join_processes(device, cfg):
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the others wait while rank 0 runs the tests
+        # Numbers and token ids are gathered on the CPU, gradients on the GPU; the others wait while rank 0 runs the tests.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     dist.barrier()  # nobody writes before all have seen that nothing is in the way
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")

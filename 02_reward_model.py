@@ -269,6 +269,9 @@ def set_up(threads):
     transformers.logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
+    # On Hopper PyTorch 2.13 prefers cuDNN's attention, whose backward pass gives nan for some lengths with a mask
+    # (pytorch issue 196678), and which plans anew for each length: that is, for each token generated.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -526,7 +529,7 @@ def save_state(path, model, optimizer, scheduler, **progress):
 
 def load_state(path, model, optimizer, scheduler):
     """Put back what `save_state` has saved -> its progress."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     load_parts(model, optimizer, state.pop("model"), state.pop("optimizer"))
     scheduler.load_state_dict(state.pop("scheduler"))
     return state
@@ -719,7 +722,7 @@ def score_responses(reward_model, sequences, pad_id, batch_size):
         batch = order[start:start + batch_size]
         input_ids = pad_right([sequences[i] for i in batch], pad_id).to(reward_model.device)
         with autocast(reward_model.device):
-            scores[batch] = reward_model(input_ids=input_ids).logits[:, 0].float().cpu()
+            scores[batch] = reward_model(input_ids=input_ids, use_cache=False).logits[:, 0].float().cpu()
     return scores
 
 
@@ -741,7 +744,8 @@ def join_processes(device, cfg):
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the others wait while rank 0 runs the tests
+        # Numbers and token ids are gathered on the CPU, gradients on the GPU; the others wait while rank 0 runs the tests.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     dist.barrier()  # nobody writes before all have seen that nothing is in the way
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
@@ -1005,7 +1009,8 @@ def main(cfg):
             sequences = [prompt_ids[p] + response_ids[p][i] for p, i, _, _ in mb]
             sequences += [prompt_ids[p] + response_ids[p][j] for p, _, j, _ in mb]
             with autocast(device):
-                scores = reward_model(input_ids=pad_right(sequences, tokenizer.pad_token_id).to(device)).logits[:, 0]
+                input_ids = pad_right(sequences, tokenizer.pad_token_id).to(device)
+                scores = reward_model(input_ids=input_ids, use_cache=False).logits[:, 0]
             chosen, rejected = scores.float().chunk(2)  # (B,) each
             loss = counts * pairwise_loss(chosen, rejected) * len(mb) / len(batch)
             loss.backward()

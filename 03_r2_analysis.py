@@ -265,6 +265,9 @@ def set_up(threads):
     transformers.logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
+    # On Hopper PyTorch 2.13 prefers cuDNN's attention, whose backward pass gives nan for some lengths with a mask
+    # (pytorch issue 196678), and which plans anew for each length: that is, for each token generated.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -585,7 +588,7 @@ def score_responses(reward_model, sequences, pad_id, batch_size):
         batch = order[start:start + batch_size]
         input_ids = pad_right([sequences[i] for i in batch], pad_id).to(reward_model.device)
         with autocast(reward_model.device):
-            scores[batch] = reward_model(input_ids=input_ids).logits[:, 0].float().cpu()
+            scores[batch] = reward_model(input_ids=input_ids, use_cache=False).logits[:, 0].float().cpu()
     return scores
 
 

@@ -440,7 +440,8 @@ def response_values(critic, input_ids, attention_mask, response_length):
     """The critic's value before each of the last `response_length` tokens is seen -> (B, T) float32."""
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     with autocast(input_ids.device):
-        values = critic(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).logits[..., 0]
+        values = critic(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                        use_cache=False).logits[..., 0]
     return values[:, -response_length - 1:-1].float()
 
 
@@ -702,7 +703,7 @@ def score_responses(reward_model, sequences, pad_id, batch_size):
         batch = order[start:start + batch_size]
         input_ids = pad_right([sequences[i] for i in batch], pad_id).to(reward_model.device)
         with autocast(reward_model.device):
-            scores[batch] = reward_model(input_ids=input_ids).logits[:, 0].float().cpu()
+            scores[batch] = reward_model(input_ids=input_ids, use_cache=False).logits[:, 0].float().cpu()
     return scores
 
 
@@ -826,6 +827,9 @@ def set_up(threads):
     transformers.logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
+    # On Hopper PyTorch 2.13 prefers cuDNN's attention, whose backward pass gives nan for some lengths with a mask
+    # (pytorch issue 196678), and which plans anew for each length: that is, for each token generated.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -1116,7 +1120,8 @@ def join_processes(device, cfg):
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the others wait while rank 0 runs the tests
+        # Numbers and token ids are gathered on the CPU, gradients on the GPU; the others wait while rank 0 runs the tests.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     dist.barrier()  # nobody writes before all have seen that nothing is in the way
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
@@ -1394,7 +1399,7 @@ def main(cfg):
 
     # ---- start or resume. All that is random is seeded by the iteration's number: weights and metrics are the whole state.
     if cfg.resume and state_path.is_file():
-        state = torch.load(state_path, map_location="cpu", weights_only=True)
+        state = torch.load(state_path, map_location="cpu", weights_only=True, mmap=True)
         changed = [name for name, value in dataclasses.asdict(settings).items()
                    if state["config"].get(name) != value and name not in RESUME_MAY_CHANGE]
         if changed:
@@ -1402,6 +1407,7 @@ def main(cfg):
         for name, model in models.items():
             load_parts(model, optimizers[name], state["models"][name], state["optimizers"][name])
         metrics, kl_coef, best = state["metrics"], state["kl_coef"], state["best"]
+        del state  # as large as the models and their optimisers
         print(f"resuming {out} after iteration {metrics[-1]['iteration']}", flush=True)
     else:
         if rank() == 0:
@@ -1476,9 +1482,12 @@ def main(cfg):
         if iteration == 1:  # a wrong mask, position or temperature shows here, before it costs a run
             with torch.no_grad():
                 _, first = policy_loss_of(take_rows(batch, kept[:cfg.micro_batch_size], device))
-            if abs(first["ratio"] - 1) > 1e-2 or kl.abs().max() > 1e-2:
-                fail(f"before the first update the ratio is {first['ratio']:.4f} (must be 1) and the largest log-ratio to "
-                     f"the reference {kl.abs().max():.4f} (must be 0): policy and reference are not the same model")
+            # In bf16 a token's logprob may be off by some hundredths where kernels differ: on a GPU the mean decides.
+            gap = kl.abs().max() if device.type == "cpu" else masked_mean(kl.abs(), mask[measured])
+            allowed = 1e-2 if device.type == "cpu" else 5e-2
+            if not (abs(first["ratio"] - 1) <= allowed and gap <= allowed):  # nan is neither
+                fail(f"before the first update the ratio is {first['ratio']:.4f} (must be 1) and the log-ratio to the "
+                     f"reference {gap:.4f} (must be 0): policy and reference are not the same model")
         policy_statistics, critic_statistics, problem = {}, {}, None
         try:
             if kl.sum(1).mean() > cfg.max_kl:

@@ -400,6 +400,9 @@ def set_up(threads):
     transformers.logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
+    # On Hopper PyTorch 2.13 prefers cuDNN's attention, whose backward pass gives nan for some lengths with a mask
+    # (pytorch issue 196678), and which plans anew for each length: that is, for each token generated.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -1066,7 +1069,7 @@ def main(cfg):
 
     # ---- start or resume. All that is random is seeded by the round's number: weights and metrics are the whole state.
     if cfg.resume and state_path.is_file():
-        state = torch.load(state_path, map_location=device, weights_only=True)
+        state = torch.load(state_path, map_location="cpu", weights_only=True, mmap=True)
         changed = [name for name, value in dataclasses.asdict(settings).items() if state["config"].get(name) != value]
         if changed:
             fail(f"{out} was started with other settings ({', '.join(changed)}); use the same flags to resume it")

@@ -26,13 +26,19 @@ if [ -z "${PYTHON:-}" ]; then
     "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
 export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg PYTHONUNBUFFERED=1
+export PYTORCH_ALLOC_CONF=expandable_segments:True  # widths change with every batch: fragments would fill the card
+if [ -z "${PLAN:-}" ] && command -v nvidia-smi > /dev/null && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "one_gpu.sh: error: PyTorch cannot use this GPU; update its driver, or set PYTHON to an environment with a CUDA build that fits" >&2
+    exit 2
+fi
 "$python" -c 'import torch
 for i in range(torch.cuda.device_count()): p = torch.cuda.get_device_properties(i); print(f"{p.name}, {p.total_memory / 2**30:.0f} GB")
 if not torch.cuda.is_available(): print("no GPU: this will take very long")'
 
 # ---- the first of these that fits: rows in training, rows in generation, other flags
-settings=("8 256" "8 256 --gradient_checkpointing" "4 128 --gradient_checkpointing"
-          "8 256 --gradient_checkpointing --lora_rank 16" "4 128 --gradient_checkpointing --lora_rank 16"
+# (320 rows are all responses of an iteration at once: a pass costs its number of tokens, hardly its number of rows)
+settings=("8 320" "8 320 --gradient_checkpointing" "4 160 --gradient_checkpointing"
+          "8 320 --gradient_checkpointing --lora_rank 16" "4 160 --gradient_checkpointing --lora_rank 16"
           "4 30 --gradient_checkpointing --lora_rank 16")
 ppo="--max_new_tokens $TOKENS --prompts_per_iteration 64 --responses_per_prompt 5 --minibatch_size 64 --score_batch_size 16"
 for setting in "${settings[@]}"; do

@@ -181,6 +181,19 @@ def test_one_process_prints_and_shard_needs_torchrun(runs, ppo, capsys):
         assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
+def test_numbers_can_be_gathered_on_the_cpu_whatever_the_device(ppo, monkeypatch, device, backend):
+    """`add_up` and `shared_rows` gather CPU tensors, and NCCL alone, PyTorch's choice on a GPU, cannot."""
+    asked = []
+    for name, answer in (("is_torchelastic_launched", True), ("is_initialized", False), ("barrier", None), ("get_rank", 0)):
+        monkeypatch.setattr(ppo.dist, name, lambda answer=answer: answer)
+    monkeypatch.setattr(ppo.dist, "init_process_group", lambda backend, **options: asked.append(backend))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    ppo.join_processes(torch.device(device), ppo.Config())
+    assert asked == [backend]
+
+
 def test_every_row_is_counted_once_whatever_the_number_of_processes(ppo, monkeypatch):
     for processes in (1, 2, 3, 8):
         for count in (1, 2, 5, 12, 13):
