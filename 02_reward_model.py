@@ -18,10 +18,10 @@ Writes  out/rm/                  an ordinary Hugging Face folder (AutoModelForSe
 Run     python 02_reward_model.py
         python 02_reward_model.py --policy out/sft-0.5b --data data/mbpp/rm.jsonl --pairs edit --lr 1e-5 --epochs 1
 
-Which pairs to train on. The paper takes one pair a prompt, the one with the largest edit distance (`--pairs edit`).
-Such pairs are mostly about length and missing steps: on the tiny set the RM then learns little about the flaws that are
-frequent, a single wrong operator in an otherwise right program. `--pairs all` takes up to four random pairs a prompt; it
-is the default because it serves the tiny set better (README, section on the reward model, has both numbers).
+Which pairs to train on. The paper takes one pair a prompt, the one with the largest edit distance (`--pairs edit`);
+`--pairs all` takes up to four random pairs a prompt, three times as many from the same tested responses. On the tiny set
+accuracy on held-out pairs is 0.84 with one pair a prompt and two epochs, 0.88 with five epochs, which are as many steps,
+and 0.89 with all pairs: their number matters more than their kind.
 """
 
 import argparse
