@@ -289,6 +289,14 @@ def mismatched_kl(logprobs, ref_logprobs):
     return (logprobs - ref_logprobs).detach().mean().clamp(min=0)
 
 
+def pairs_of_other_prompts(groups, pairs_per_prompt):
+    """For each pair of rows in `groups` (G, 2), which stand in order of prompt, one of another prompt -> (G, 2).
+
+    With fewer than twice `pairs_per_prompt` pairs there may be no other prompt: None.
+    """
+    return groups.roll(pairs_per_prompt, 0) if len(groups) >= 2 * pairs_per_prompt else None
+
+
 def response_loss(logits, labels):
     """Cross-entropy summed over response tokens.
 
@@ -1158,15 +1166,15 @@ def main(cfg):
         # ---- log-probabilities of the reference
         if len(groups):
             batch["ref_logprobs"] = token_logprobs(reference, batch, rows).sum(1)  # (n * K,)
-        if cfg.loss == "kto" and len(groups):  # the response of each row to the prompt of the pair before; row k is rows[k]
-            shifted = groups.roll(1, 0).flatten()
-            mismatched = make_batch([row_prompts[k] for k in shifted], [responses[k] for k in rows], tokenizer.pad_token_id)
+        others = pairs_of_other_prompts(groups, cfg.pairs_per_prompt) if cfg.loss == "kto" else None
+        if others is not None:  # the response of each row to the prompt of another pair; row k is rows[k]
+            mismatched = make_batch([row_prompts[k] for k in others.flatten()], [responses[k] for k in rows], tokenizer.pad_token_id)
             mismatched["ref_logprobs"] = token_logprobs(reference, mismatched, torch.arange(len(rows))).sum(1)
 
         @torch.no_grad()
         def reference_point(numbers):
             """KTO's KL over the pairs of a minibatch; nothing to prepare for DPO."""
-            if cfg.loss != "kto" or len(groups) < 2:  # with one pair there is no other prompt
+            if others is None:
                 return 0.0
             part = torch.stack([2 * numbers, 2 * numbers + 1], 1).flatten()
             logprobs = torch.cat([summed_logprobs(policy, take_rows(mismatched, some, device))
@@ -1223,7 +1231,7 @@ def main(cfg):
                 "prompts_with_tests": len(kept), "prompts": n,
                 "precision_written": precision([record["right"] for record in judged_tests]),
                 "precision_kept": precision([record["right"] for record in judged_tests if record["kept"]]),
-                **verdict_quality(verdicts, passed), "pairs": len(groups),
+                **verdict_quality(verdicts, passed), "pairs": len(groups), "kept": len(rows),
                 "pass_rate": sum(result.passed for result in own_results) / len(own_results),
                 "sampler_pass_rate": sum(passed) / len(passed), "only_measured": 0 if on_policy else len(own_results),
                 "kl_per_token": masked_mean(kl, own_mask[own_rows]).item(), "kl_per_response": kl.sum(1).mean().item(),

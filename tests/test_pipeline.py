@@ -254,7 +254,7 @@ def test_profiles_differ_in_where_they_err_not_in_how_often(profile, accuracy, e
     samples = [{"prompt": "p", "response": f"r{i}" + "x" * (i % 50), "passed_tests": 3 if i * 7919 % 10 < 3 else i % 3, "total_tests": 3}
                for i in range(6000)]
     stage = SimpleNamespace(encode_prompt=lambda tokenizer, prompt: [1])
-    reward = controlled.ProfileReward(stage, None, [{"prompt": "p"}], samples[:3000], profile, "hash", 1.0, 0.0, 1.0).reward
+    reward = controlled.ProfileReward(stage, None, [{"prompt": "p"}], samples[:3000], profile, "hash", 1.0, 0.0, 1.0, 5).reward
     rewards = torch.tensor([reward("p" + s["response"], s["response"], s["passed_tests"] / 3) for s in samples[3000:]])
     passes = torch.tensor([float(s["passed_tests"] == 3) for s in samples[3000:]])
     assert abs(rewards.mean()) < 0.05 and abs(rewards.std() - 1) < 0.05 and passes.mean() == pytest.approx(0.3, abs=0.01)

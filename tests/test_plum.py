@@ -126,6 +126,15 @@ def test_pairs_are_of_a_passing_and_a_failing_response(plum):
     assert plum.pair_up([True, True, None], 2, generator) == plum.pair_up([False], 2, generator) == []
 
 
+def test_pairs_of_other_prompts_by_hand(plum):
+    """KTO's point of reference: rows 0 to 7 answer one prompt, 8 to 15 the next. Of a prompt there are at most two pairs."""
+    groups = torch.tensor([[0, 3], [1, 3], [9, 8], [16, 20], [17, 20]])
+    others = plum.pairs_of_other_prompts(groups, 2)
+    assert others.tolist() == [[16, 20], [17, 20], [0, 3], [1, 3], [9, 8]]
+    assert not (others // 8 == groups // 8).any()
+    assert plum.pairs_of_other_prompts(groups[:3], 2) is None  # all could be of one prompt
+
+
 def test_outputs_of_programs(plum):
     """What a program does on one call does not touch the others; what it prints besides is no output."""
     problem = {"task_id": "t", "entry_point": "f"}
@@ -221,6 +230,12 @@ def test_the_stage_runs_and_logs(finished_run, pipeline, plum):
     assert sum(m["pairs"] for m in metrics[1:]) > 0
     first = next(m for m in metrics[1:] if m["pairs"])
     assert first["policy_loss"] > 0
+    sys.path.insert(0, str(ROOT / "tools"))
+    from tables import training_record
+
+    cost = training_record(metrics)["cost"]  # a row of the tables of results/
+    assert cost["samples"] == 2 * (36 + 18) and cost["rm_passes"] == cost["critic_rows"] == 0
+    assert cost["policy_rows"] == 2 * sum(m["pairs"] for m in metrics[1:])
     start, last = (AutoModelForCausalLM.from_pretrained(path) for path in (folder / "sft", run / "last"))
     assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), last.parameters()))
     assert (run / "best/config.json").is_file() and (run / "curves.png").read_bytes()[:4] == b"\x89PNG"

@@ -50,10 +50,11 @@ def test_table_3_ranks_the_strategies():
     strategies = ("bon", "bw", "none", "random2")
     r2 = {s: {"r2": {"mean": 0.5 + 0.1 * k}, "r2_within": {"mean": 0.9 - 0.1 * k}} for k, s in enumerate(strategies)}
     records = [record(s, seed, 0.6 + 0.05 * k + 0.001 * seed) for k, s in enumerate(strategies) for seed in range(3)]
-    text = tables.table_3(records + [{"group": "r2", "method": "none", "seed": 0, "r2": {"sft": r2}}])
-    assert "pooled R² and final greedy pass@1 over all 4 strategies: +1.00" in text
-    assert "high rewards only, 3 strategies: +1.00" in text
-    assert "R² within prompts and final greedy pass@1 over all 4 strategies: -1.00" in text
+    records.append(record("bon", 3, 0.99))  # a seed that the others lack: its score is in the table, not in the correlation
+    text = tables.table_3(records + [{"group": "r2", "method": "none", "seed": seed, "r2": {"sft": r2}} for seed in range(4)])
+    assert "pooled R² and final greedy pass@1 over all 4 strategies, seeds 0, 1, 2, which all of them have: +1.00, 95%" in text
+    assert "high rewards only, 3 strategies, seeds 0, 1, 2, which all of them have: +1.00" in text
+    assert "R² within prompts and final greedy pass@1 over all 4 strategies, seeds 0, 1, 2, which all of them have: -1.00" in text
 
 
 def test_every_run_of_the_plan_is_a_command_that_its_script_takes(monkeypatch):

@@ -11,15 +11,20 @@ ones stand:
     high         29% are; they stand above all others: nobody can tell what a high reward is worth
     low          29% are; they stand below all others
     everywhere   50% are, spread over all others
+    middle_ranks within one prompt, not over all: its best and its worst response are right, the rewards of those between
+                 are dealt anew among them. BW and BoN then train as with a clean reward, by construction
 
-The shares are such that each of the four puts three of four pairs (one that passes, one that fails) in the right order: as
-reward models they are equally accurate, and differ in where they err. Half of a pair's chance is lost where both are disturbed
-(moderate), all of it where a failing one is lifted above a passing one (high), or a passing one is sunk (low).
+The shares are such that `moderate` to `everywhere` each put three of four pairs (one that passes, one that fails) in the right
+order: as reward models they are equally accurate, and differ in where they err. Half of a pair's chance is lost where both are
+disturbed (moderate), all of it where a failing one is lifted above a passing one (high), or a passing one is sunk (low). The best
+of five responses is disturbed in 76% of the prompts under `moderate`, 73% under `high`, 2% under `low`, 56% under `everywhere`:
+what is moderate among all responses is often the best of one prompt.
 
 v is a number from a hash of the text (`--noise hash`: nobody can learn it) or the place of the response's length
-among the SFT responses to all prompts (`--noise length`: a policy can, and gains reward by writing longer programs). The reward
+among the SFT responses to all prompts (`--noise length`: a policy can, and gains reward by writing longer programs; long prompts
+have long responses, so over all pairs accuracy is 0.68 to 0.73 then, within a prompt 0.74 to 0.76). The reward
 is the quantile of the standard normal distribution at the place of the response among those of the SFT policy: rewards are
-distributed alike in all profiles. What remains of the reward model is the critic's first weights.
+distributed alike in all profiles. What remains of the reward model is the critic's first weights, in all of them the same.
 
 Reads   out/rm/samples.jsonl (responses of the SFT policy with their verdicts), and what the stage reads
 Run     python tools/controlled.py r2 --profile moderate -- --out out/controlled/r2_moderate
@@ -29,6 +34,7 @@ Run     python tools/controlled.py r2 --profile moderate -- --out out/controlled
 
 import argparse
 import bisect
+import dataclasses
 import hashlib
 import importlib.util
 import sys
@@ -38,7 +44,8 @@ from statistics import NormalDist
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = {"clean": 0.0, "moderate": 0.707, "high": 0.293, "low": 0.293, "everywhere": 0.5}  # of responses that are disturbed
+SHARES = {"clean": 0.0, "moderate": 0.707, "high": 0.293, "low": 0.293, "everywhere": 0.5, "middle_ranks": 0.0}  # of
+# all responses that are disturbed, whatever their prompt
 LEVELS = {"low": -1, "failed": 0, "moderate": 1, "passed": 2, "high": 3}
 STAGES = {"r2": "03_r2_analysis.py", "ppo": "04_pf_ppo.py"}
 
@@ -73,11 +80,12 @@ class ProfileReward:
     Args:
         stage: the module; problems: those that it samples responses to; samples: verdicts of the SFT policy's responses.
         mean, std: the statistics that the stage normalises by; what it gets back are standard normal rewards.
+        per_prompt: N; so many sequences one after the other answer one prompt.
     """
 
-    def __init__(self, stage, tokenizer, problems, samples, profile, noise, timeout, mean, std):
+    def __init__(self, stage, tokenizer, problems, samples, profile, noise, timeout, mean, std, per_prompt):
         self.stage, self.tokenizer, self.timeout = stage, tokenizer, timeout
-        self.profile, self.noise, self.mean, self.std = profile, noise, mean, std
+        self.profile, self.noise, self.mean, self.std, self.per_prompt = profile, noise, mean, std, per_prompt
         self.problems = {tuple(stage.encode_prompt(tokenizer, problem["prompt"])): problem for problem in problems}
         self.lengths = sorted({len(ids) for ids in self.problems})
         known = [(s["prompt"] + s["response"], s["response"], s["passed_tests"] / s["total_tests"]) for s in samples]
@@ -93,8 +101,17 @@ class ProfileReward:
             problems.append(self.problems[tuple(ids[:cut])])
             responses.append(self.stage.decode_response(self.tokenizer, ids[cut:]))
         results = self.stage.run_tests(problems, responses, 1, self.timeout)
-        return torch.tensor([self.reward(problem["prompt"] + text, text, result.passed_tests / result.total_tests)
-                             for problem, text, result in zip(problems, responses, results)]) * self.std + self.mean
+        keys = [problem["prompt"] + text for problem, text in zip(problems, responses)]
+        rewards = [self.reward(key, text, result.passed_tests / result.total_tests)
+                   for key, text, result in zip(keys, responses, results)]
+        if self.profile == "middle_ranks":
+            for first in range(0, len(rewards), self.per_prompt):
+                rows = range(first, first + self.per_prompt)
+                middle = sorted(rows, key=lambda k: rewards[k])[1:-1]
+                dealt = [rewards[k] for k in sorted(middle, key=lambda k: hash_number(f"{keys[k]}/{k}", "dealt"))]
+                for k, reward in zip(middle, dealt):
+                    rewards[k] = reward
+        return torch.tensor(rewards) * self.std + self.mean
 
     def undisturbed(self, key, share_passed):
         """The level of a response whose reward is right: from 0 to 1 those that fail, from 2 to 3 those that pass."""
@@ -131,8 +148,10 @@ def main():
     policy = cfg.policy if args.stage == "ppo" else cfg.policies[0]
     config = stage.AutoConfig.from_pretrained(cfg.reward_model)
     stage.score_responses = ProfileReward(stage, stage.load_tokenizer(policy), problems, samples[:5000], args.profile,
-                                          args.noise, cfg.timeout, config.reward_mean, config.reward_std)
-    stage.main(cfg)
+                                          args.noise, cfg.timeout, config.reward_mean, config.reward_std, cfg.responses_per_prompt)
+    # Profile and noise become settings of the run, so that another one is not taken for finished, or resumed.
+    own = [(name, str, dataclasses.field(default=getattr(args, name))) for name in ("profile", "noise")]
+    stage.main(dataclasses.make_dataclass("Config", own, bases=(stage.Config,))(**dataclasses.asdict(cfg)))
 
 
 if __name__ == "__main__":

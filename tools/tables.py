@@ -7,8 +7,8 @@
 
 Each run is a numbered script as a subprocess with its default settings but for the flags that `list` shows. A seed decides the
 order of prompts, the samples and the filter; the SFT policy and the reward model are the same for all seeds (so intervals hold
-the variance of reinforcement learning, not that of the stages before). Methods of a seed see the same prompts in the same order,
-so differences are paired by seed. The test problems are those of 05_eval.py; validation problems choose `best`.
+the variance of reinforcement learning, not that of the stages before). Methods of a seed see the same prompts in the same order
+(`single` and PLUM, which take more and fewer prompts an iteration, others), so differences are paired by seed. The test problems are those of 05_eval.py; validation problems choose `best`.
 """
 
 import argparse
@@ -33,11 +33,13 @@ MEASURING = ["auto", "learned"]
 CRITIC_FREE = {"rloo": ("none", "rloo"), "rloo_bw": ("bw", "rloo"), "grpo": ("none", "grpo"), "grpo_bw": ("bw", "grpo")}
 BASELINES = ["raft", "bond", "dpo", "ipo", "kto", "iterative_dpo"]
 PLUM = {"plum_dpo": ["--loss", "dpo"], "plum_kto": ["--loss", "kto"], "plum_online_dpo": ["--loss", "dpo", "--online"]}
-EQUAL_PASSES = 2400  # responses trained on: BR, BW and random2 in 25 iterations, PPO-M in 10
+STARTS = {"sft": "out/sft", "plum_sft": "out/plum/sft"}  # what training starts from; PLUM's has learned to write tests, too
+EQUAL_PASSES = 1920  # responses that the policy trains on: PPO-M's in 10 iterations, BR's, BW's and random2's in 22
 RMS = {"pairs_50": ["--max_pairs", "50", "--epochs", "20"], "pairs_300": ["--max_pairs", "300", "--epochs", "8"],
        "pairs_1000": ["--max_pairs", "1000", "--epochs", "4"], "noise_0.2": ["--label_noise", "0.2"],
        "noise_0.4": ["--label_noise", "0.4"], "pairs_all": []}  # all: 4,979; that of runs/tiny.sh
 PROFILES = [("clean", "hash"), ("moderate", "hash"), ("high", "hash"), ("low", "hash"), ("everywhere", "hash"),
+            ("middle_ranks", "hash"),
             ("moderate", "length"), ("high", "length"), ("everywhere", "length")]
 # arXiv 2409.06957v5: Table 1, R2 of none, BoN, BR, BW; Table 2, pass@1 on HumanEval / MBPP / LeetCode; Table 3, HumanEval and R2
 PAPER_1 = {"sft": (0.886, 0.454, 0.922, 0.952), "middle": (0.907, 0.389, 0.935, 0.956), "final": (0.876, 0.431, 0.916, 0.946)}
@@ -48,10 +50,11 @@ PAPER_2 = {"sft": "74.2 / 70.8 / 15.2", "raft": "76.9 / 71.3 / 17.8", "bond": "8
 PAPER_3 = {"single": (78.1, 0.782), "none": (80.8, 0.886), "bon": (75.8, 0.454), "br": (82.9, 0.841), "bw": (82.4, 0.952),
            "top": (80.5, 0.621), "top_random": (81.9, 0.889), "top_bottom": (81.7, 0.927), "pow_1": (81.0, 0.926),
            "pow_2": (81.3, 0.939), "pow_3": (81.9, 0.946)}
-NOTE_2 = (f"6,000 samples; `auto` and `learned` 8,500, since they measure R². *best*: the checkpoint with the best validation pass@1; "
-          f"*last*: iteration 25; *sampled*: 4 responses a problem at temperature 1; *responses trained on*: by the policy, which "
-          f"waits for the critic for two iterations; *{EQUAL_PASSES:,} trained on*: the first fifth iteration after which critic or policy has "
-          f"seen so many (10 of PPO-M, 25 of BW).\n\n")
+NOTE_2 = (f"6,000 samples; `auto` and `learned` 8,500, since they measure R², on 100 validation problems whose true tests no other method "
+          f"sees in training. *best*: the checkpoint with the best validation pass@1; *last*: iteration 25; *sampled*: 4 responses a "
+          f"problem at temperature 1; *responses trained on*: by the policy, which waits for the critic for two iterations; *after "
+          f"{EQUAL_PASSES:,}*: the first saved iteration (every fifth) by which the policy has trained on so many, 10 for PPO-M (1,920), 25 "
+          f"for BW, BR and `random2` (2,208); empty where it never does.\n\n")
 SHORT = ["--iterations", "15"]  # sweeps: enough to see a difference, three fifths of the time
 
 
@@ -79,6 +82,7 @@ def plan():
     main_group({name: ["06_baselines.py", "--method", name] for name in BASELINES}, range(5))
     main_group({name: ppo(s, "--advantage", a) for name, (s, a) in CRITIC_FREE.items()}, range(5))
     main_group({name: ["07_plum.py", *flags] for name, flags in PLUM.items()}, range(5))
+    add("main", "plum_sft", 0, None, ("main", "plum_dpo", 0))
     for seed in range(3):
         for profile, noise in PROFILES:
             for name in ("none", "random2", "br", "bw", "bon"):
@@ -121,17 +125,34 @@ def call(command, log):
         raise RuntimeError(f"{' '.join(command)} ended with exit code {code}; see {log}")
 
 
+def training_record(lines):
+    """The lines of a run's metrics.jsonl -> what the figures show of its iterations, and what it cost."""
+    steps = [line for line in lines if line["iteration"]]
+    phases = [name for name in steps[0] if name.startswith("seconds_") and name not in ("seconds_validate", "seconds_measure")]
+    critic = any("critic_loss" in line for line in steps)
+    return {
+        "iterations": [{name: round(line[name], 4) if isinstance(line[name], float) else line[name] for name in
+                        ("iteration", "rm_score", "pass_rate", "kl_per_response", "entropy", "length", "kept", "seen",
+                         "strategy", "validation_pass_at_1") if name in line} for line in lines],
+        "cost": {"samples": sum(line["seen"] + line.get("r2_responses", 0) + line.get("test_responses", 0) for line in steps),
+                 "rm_passes": sum(line["seen"] + line.get("r2_responses", 0) for line in steps if "rm_score" in line),
+                 "policy_rows": sum(line["kept"] for line in steps if "policy_loss" in line),
+                 "critic_rows": sum(line["kept"] for line in steps) if critic else 0,
+                 "seconds": round(sum(line[name] for line in steps for name in phases), 1),
+                 "seconds_train": round(sum(line.get("seconds_train", 0) + line.get("seconds_forward", 0) for line in steps), 1)}}
+
+
 def train_and_test(run, out):
     """One training run and the test problems' verdict on its best, last and equal-passes checkpoints (of a sweep: its last)
     -> record."""
     record = {"group": run["group"], "method": run["method"], "seed": run["seed"]}
-    checkpoints = {"best": "out/sft"}
+    checkpoints = {"best": STARTS.get(run["method"])}
     if run["command"]:
         call([*run["command"], "--seed", str(run["seed"]), "--out", str(out / "train"), "--threads", "1", "--workers", "1",
               "--save_every", "5", "--resume"], out / "log.txt")
         lines = [json.loads(line) for line in (out / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         validated = [line for line in lines if "validation_pass_at_1" in line]
-        trained = np.cumsum([line.get("kept", 0) for line in lines])
+        trained = np.cumsum([line.get("kept", 0) if "policy_loss" in line else 0 for line in lines])
         equal = next((line["iteration"] for line, rows in zip(lines, trained)
                       if rows >= EQUAL_PASSES and line["iteration"] % 5 == 0), lines[-1]["iteration"])
         at = {"best": max(validated, key=lambda line: line["validation_pass_at_1"])["iteration"],
@@ -139,19 +160,7 @@ def train_and_test(run, out):
         folders = {"best": out / "train" / "best", "last": out / "train" / "last", "equal": out / "train" / f"iteration_{equal}"}
         wanted = ("best", "last", "equal") if run["group"] == "main" else ("last",)  # sweeps compare what training ends with
         checkpoints = {name: folders[name] for name in wanted if name == "last" or at[name] != at["last"]}
-        steps = [line for line in lines if line["iteration"]]
-        phases = [name for name in steps[0] if name.startswith("seconds_") and name not in ("seconds_validate", "seconds_measure")]
-        critic = any("critic_loss" in line for line in steps)
-        record |= {
-            "iterations": [{name: round(line[name], 4) if isinstance(line[name], float) else line[name] for name in
-                            ("iteration", "rm_score", "pass_rate", "kl_per_response", "entropy", "length", "kept", "seen",
-                             "strategy", "validation_pass_at_1") if name in line} for line in lines],
-            "cost": {"samples": sum(line["seen"] + line.get("r2_responses", 0) for line in steps),
-                     "policy_rows": sum(line["kept"] for line in steps if "policy_loss" in line),
-                     "critic_rows": sum(line["kept"] for line in steps) if critic else 0,
-                     "seconds": round(sum(line[name] for line in steps for name in phases), 1),
-                     "seconds_train": round(sum(line.get("seconds_train", 0) + line.get("seconds_forward", 0) for line in steps), 1)},
-            "checkpoints": at}
+        record |= training_record(lines) | {"checkpoints": at}
     call(["05_eval.py", "--policies", *map(str, checkpoints.values()), "--samples", "4", "--ks", "1", "--threads", "1",
           "--workers", "1", "--out", str(out / "eval")], out / "log.txt")
     rows = json.loads((out / "eval" / "results.json").read_text(encoding="utf-8"))
@@ -205,8 +214,8 @@ def run_all(args):
             begun = time.time()
             try:
                 record = one(ready) | {"minutes": round((time.time() - begun) / 60, 2)}
-            except RuntimeError as error:  # said now: the others may need long to come to their end
-                print(f"tables.py: error: {error}", file=sys.stderr, flush=True)
+            except Exception as error:  # said now: the others may need long to come to their end
+                print(f"tables.py: error: {ready['group']} {ready['method']} seed {ready['seed']}: {error}", file=sys.stderr, flush=True)
                 failed.append(error)
                 return
             with lock:
@@ -282,17 +291,19 @@ def table_1(records):
 
 
 def table_2(records):
-    rows = [["SFT", "", f"{100 * greedy:.1f}", "", "", "", "", "", "", PAPER_2["sft"]]
-            for greedy in by_seed(records, "main", "sft", test("best", "greedy")).values()]
+    rows = [[f"`{start}`", "", f"{100 * greedy:.1f}", "", "", "", "", "", "", PAPER_2.get(start, "")] for start in STARTS
+            for greedy in by_seed(records, "main", start, test("best", "greedy")).values()]
     for method in methods_of(records, "main"):
         values = [list(by_seed(records, "main", method, test(*what)).values()) for what in
-                  (("best", "greedy"), ("last", "greedy"), ("last", "sampled"), ("equal", "greedy"))]
+                  (("best", "greedy"), ("last", "greedy"), ("last", "sampled"))]
         trained = by_seed(records, "main", method, lambda r: r["cost"]["policy_rows"])
-        rows.append([f"`{method}`", len(trained), *map(cell, values[:3]), f"{np.mean(list(trained.values())):,.0f}", cell(values[3]),
+        equal = [score for seed, score in by_seed(records, "main", method, test("equal", "greedy")).items()
+                 if trained[seed] >= EQUAL_PASSES]
+        rows.append([f"`{method}`", len(trained), *map(cell, values[:3]), f"{np.mean(list(trained.values())):,.0f}", cell(equal),
                      *(cell(paired(records, "main", method, other, test("last", "greedy")), sign=True) if method != other else ""
                        for other in ("random2", "none")), PAPER_2.get(method, "")])
     return markdown(["method", "seeds", "greedy, best", "greedy, last", "sampled, last", "responses trained on",
-                     f"greedy, {EQUAL_PASSES:,} trained on", "last − `random2`", "last − PPO-M", "paper: HumanEval / MBPP / LeetCode"],
+                     f"greedy, after {EQUAL_PASSES:,}", "last − `random2`", "last − PPO-M", "paper: HumanEval / MBPP / LeetCode"],
                     rows)
 
 
@@ -308,19 +319,22 @@ def table_3(records):
              *(PAPER_3[s][::-1] if s in PAPER_3 else ("", ""))] for s in strategies]
     text = markdown(["strategy", "R², pooled", "R², within prompts", "greedy, last", "sampled, last", "paper: R²", "paper: HumanEval"],
                     rows) + "\n"
+    measured = {r["seed"]: r["r2"]["sft"] for r in records if r["group"] == "r2"}
+    seeds = sorted(set(measured).intersection(*scores.values()))  # a mean over other seeds would be another comparison
     contrast = [s for s in strategies if s not in ("bon", "top")]  # those two keep high rewards only
     for some, which in ((strategies, "all"), (contrast, "those without BoN and `top`, which keep high rewards only,")):
         for name, label in (("r2", "pooled R²"), ("r2_within", "R² within prompts")):
             rng, draws = np.random.default_rng(0), []
-            for resample in range(2001 if len(some) > 2 else 0):  # the first one takes everything as it is
-                pick = (lambda values: rng.choice(values, len(values))) if resample else (lambda values: values)
-                x = [np.mean(pick([t[s][name]["mean"] for t in r2])) for s in some]
-                y = [np.mean(pick(list(scores[s].values()))) for s in some]
+            for resample in range(2001 if len(some) > 2 and seeds else 0):  # the first one takes everything as it is
+                pick = rng.choice(seeds, len(seeds)) if resample else seeds  # one draw for all strategies: they share its prompts
+                x = [np.mean([measured[seed][s][name]["mean"] for seed in pick]) for s in some]
+                y = [np.mean([scores[s][seed] for seed in pick]) for s in some]
                 draws.append(scipy.stats.spearmanr(x, y).statistic)
             if draws:
                 low, high = np.percentile(draws[1:], [2.5, 97.5])
-                text += (f"Rank correlation (Spearman) of {label} and final greedy pass@1 over {which} {len(some)} strategies: "
-                         f"{draws[0]:+.2f}, 95% interval over seeds {low:+.2f} to {high:+.2f}.\n\n")
+                spread = f", 95% interval over seeds {low:+.2f} to {high:+.2f}" if len(seeds) > 2 else ""
+                text += (f"Rank correlation (Spearman) of {label} and final greedy pass@1 over {which} {len(some)} strategies, seeds "
+                         f"{', '.join(map(str, seeds))}, which all of them have: {draws[0]:+.2f}{spread}.\n\n")
     paper = [scipy.stats.spearmanr(*zip(*[row for s, row in PAPER_3.items() if s not in left_out])).statistic
              for left_out in ((), ("bon", "top"))]
     text += ("(The paper's tables differ from each other: R² of BR is .922 in its Table 1 and .841 in its Table 3; PPO-M has 80.2 in Table 2 "
@@ -333,8 +347,8 @@ def table_6(records):
     rows = []
     for method in methods_of(records, "main"):
         costs = [r["cost"] for r in records if r["group"] == "main" and r["method"] == method]
-        rows.append([f"`{method}`", *(f"{np.mean([c[name] for c in costs]):,.0f}" for name in
-                                      ("samples", "samples", "policy_rows", "critic_rows", "seconds", "seconds_train"))])
+        rows.append([f"`{method}`", *(f"{np.mean([c.get(name, c['samples']) for c in costs]):,.0f}" for name in
+                                      ("samples", "rm_passes", "policy_rows", "critic_rows", "seconds", "seconds_train"))])
     return markdown(["method", "samples", "RM passes", "policy trained on", "critic trained on", "seconds", "of these training"],
                     rows)
 
