@@ -57,6 +57,18 @@ def test_table_3_ranks_the_strategies():
     assert "R² within prompts and final greedy pass@1 over all 4 strategies, seeds 0, 1, 2, which all of them have: -1.00" in text
 
 
+def test_r2_predicts_within_a_profile():
+    """Scores of five filters fall with pooled R2 and rise with the one within prompts; a profile without BoN is left out."""
+    methods, group = tables.FILTERS[:5], "profile_low_hash"
+    r2 = {m: {"r2": {"mean": -0.1 * k}, "r2_within": {"mean": 0.1 * k}} for k, m in enumerate(methods)}
+    records = [record(m, seed, 0.5 + 0.02 * k, group=group) for k, m in enumerate(methods) for seed in range(2)]
+    records.append({"group": group, "method": "r2", "seed": 0, "r2": {"sft": r2}})
+    records += [{**r, "group": "profile_high_hash"} for r in records if r["method"] != "bon"]
+    lines = [line for line in tables.prediction(records, "profile_").splitlines() if line.startswith("|")]
+    assert lines[2:] == ["| low_hash | -1.00 | +1.00 |", "| mean | -1.00 | +1.00 |"]
+    assert "| -0.40 / 0.40 |" in tables.sweep_table(records, "profile_", "profile") and tables.prediction([], "profile_") == ""
+
+
 def test_every_run_of_the_plan_is_a_command_that_its_script_takes(monkeypatch):
     plan = tables.plan()
     assert len({tables.key(run) for run in plan}) == len(plan)

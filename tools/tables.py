@@ -365,11 +365,28 @@ def sweep_table(records, prefix, label):
         accuracy = f"{extra[0]['accuracy']['all pairs']['accuracy']:.3f}" if extra else ""
         r2 = [r["r2"]["sft"] for r in records if r["group"] == group and r["method"] == "r2"]
         rows.append([group.removeprefix(prefix), accuracy,
-                     *(f"{r2[0][s]['r2']['mean']:.2f} / {r2[0][s]['r2_within']['mean']:.2f}" if r2 else "" for s in ("none", "br", "bw")),
+                     *(f"{r2[0][s]['r2']['mean']:.2f} / {r2[0][s]['r2_within']['mean']:.2f}" if r2 else "" for s in ("none", "br", "bw", "bon")),
                      *(cell(list(by_seed(records, group, m, test("last", "greedy")).values())) for m in ("none", "random2", "br", "bw", "bon")),
                      *(cell(paired(records, group, m, "random2", test("last", "greedy")), sign=True) for m in ("br", "bw"))])
-    return markdown([label, "RM accuracy", "R² none", "R² BR", "R² BW", "PPO-M", "random2", "BR", "BW", "BoN", "BR − random2",
+    return markdown([label, "RM accuracy", "R² none", "R² BR", "R² BW", "R² BoN", "PPO-M", "random2", "BR", "BW", "BoN", "BR − random2",
                      "BW − random2"], rows) if rows else "Not run yet.\n"
+
+
+def prediction(records, prefix):
+    """Within each setting: does the R2 of five filters rank their final scores? Rank correlations, and their mean over settings."""
+    rows, methods = [], FILTERS[:5]
+    for group in dict.fromkeys(run["group"] for run in plan() if run["group"].startswith(prefix)):
+        r2 = [r["r2"]["sft"] for r in records if r["group"] == group and r["method"] == "r2"]
+        scores = [list(by_seed(records, group, m, test("last", "greedy")).values()) for m in methods]
+        if r2 and all(scores):
+            means = [np.mean(values) for values in scores]
+            rows.append([group.removeprefix(prefix), *(scipy.stats.spearmanr([r2[0][m][name]["mean"] for m in methods], means).statistic
+                                                       for name in ("r2", "r2_within"))])
+    if not rows:
+        return ""
+    rows.append(["mean", *np.mean([row[1:] for row in rows], 0)])
+    return (f"\nRank correlation (Spearman) of R² on the SFT policy and final greedy pass@1, over the {len(methods)} filters of a row:\n\n"
+            + markdown([prefix.strip("_"), "pooled R²", "R² within prompts"], [[row[0], *(f"{x:+.2f}" for x in row[1:])] for row in rows]))
 
 
 def plot_training(records, path, methods=("none", "random2", "bon", "br", "bw")):
@@ -468,7 +485,8 @@ def show(records):
             ("Table 1: R² of the filters for SFT, middle (iteration 10) and final policy of PPO-M", table_1(records)),
             ("Table 2: all methods at equal numbers of generated samples", NOTE_2 + table_2(records)),
             ("Table 3: does R² on the SFT policy predict the result of training?", table_3(records)),
-            ("Table 4: the reward's reliability set by hand (15 iterations)", sweep_table(records, "profile_", "profile")),
+            ("Table 4: the reward's reliability set by hand (15 iterations)", sweep_table(records, "profile_", "profile")
+             + prediction(records, "profile_")),
             ("Table 5: KL coefficient", sweep_table(records, "kl_", "coefficient")),
             ("Table 6: what a run costs (one thread; other runs beside it)", table_6(records)),
             ("Table 7: quality of the reward model (15 iterations)", sweep_table(records, "rm_", "reward model"))):
