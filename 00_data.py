@@ -805,7 +805,8 @@ def check_record(place, record, dataset):
 
 def humaneval_problem(record):
     """HumanEval: the response goes on where the prompt ends, and `check` calls the function."""
-    seed = "import random\nrandom.seed(0)\n" if "random" in record["test"] else ""  # the same label every time
+    # The same label every time, but by a seed that the response cannot know: it could foretell the tests' random inputs.
+    seed = f"import random\nrandom.seed({zlib.crc32(record['test'].encode())})\n" if "random" in record["test"] else ""
     # A few tests call helpers that the prompt defines, such as `poly`: they are the tests' own, so that a response which
     # defines them anew, and wrongly, does not judge itself.
     helpers = record["prompt"][:record["prompt"].rindex(f"def {record['entry_point']}(")]

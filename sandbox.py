@@ -42,7 +42,7 @@ class Result(NamedTuple):
 
 # ---------------------------------------------------------------- the wire: one JSON value a line, own tags, no pickle
 
-ATOMS = {int, float, str, bool, type(None)}
+ATOMS, FACTORIES = {int, float, str, bool, type(None)}, (int, float, str, bool, list, tuple, dict, set)
 BASES = {int: int.__int__, float: float.__float__, str: str.__str__}            # a subclass is sent as what it holds
 attributes = lambda names: lambda x, base: [getattr(x, name) for name in names.split()]
 content = lambda x, base: [list(base.__iter__(x))]
@@ -52,7 +52,7 @@ SHAPES = {               # type: the arguments that make x again, read by the ba
     "tuple": content, "set": content, "frozenset": content, "bytes": latin, "bytearray": latin,
     "dict": lambda x, base: [[[k, v] for k, v in dict.items(x)]], "decimal.Decimal": lambda x, base: [base.__str__(x)],
     "collections.Counter": mapping, "collections.OrderedDict": mapping, "complex": attributes("real imag"),
-    "collections.defaultdict": lambda x, base: [None, *mapping(x, base)],
+    "collections.defaultdict": lambda x, base: [x.default_factory if x.default_factory in FACTORIES else None, *mapping(x, base)],
     "collections.deque": lambda x, base: [*content(x, base), x.maxlen],
     "range": attributes("start stop step"), "slice": attributes("start stop step"),
     "fractions.Fraction": attributes("numerator denominator"), "datetime.timezone": lambda x, base: [base.utcoffset(x, None)],
@@ -87,9 +87,11 @@ def unpack(data, handle):
     if tag not in SHAPES: raise ValueError("no such type")
     module, _, name = tag.rpartition(".")
     parts, module = [unpack(v, handle) for v in parts], __import__(module or "builtins")
-    if tag == "collections.defaultdict": parts[0] = None
-    if tag == "numpy.generic": return module.dtype(parts[0]).type(parts[1])
-    if tag == "numpy.ndarray": return module.array(parts[2], parts[0]).reshape(parts[1])
+    if tag == "collections.defaultdict" and parts[0] not in FACTORIES: parts[0] = None
+    if module.__name__ == "numpy":                     # numpy rounds a plain number to the type of the other: float16("inf") == 10**6
+        x = module.dtype(parts[0]).type(parts[1]) if name == "generic" else module.array(parts[2], parts[0]).reshape(parts[1])
+        wide = {"e": float, "f": float, "F": complex}.get(x.dtype.char)
+        return x if not wide or x.size > 1 else x.astype(wide) if x.shape else wide(x)
     return getattr(module, name)(*parts)
 
 encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
@@ -184,7 +186,10 @@ def candidate(sock, stream):
                 now = [[pack(a, keep) for a in real], {k: pack(v, keep) for k, v in named.items()}]
                 if now != [args, kwargs]: answer += now                         # what it changed in place changes in T too
             answer = message(answer)
-        except BaseException as error: answer = message([number, "x", *describe(error)])
+        except BaseException as error:
+            answer = [number, "x", *describe(error)]
+            try: answer = message([*answer, pack(error.args, keep)])            # the tests may look at str(error)
+            except BaseException: answer = message(answer)
 
 # ---------------------------------------------------------------- isolation: what the kernel keeps the candidate from
 
@@ -201,6 +206,10 @@ DENIED = """socket 41 198, ptrace 101 117, process_vm_readv 310 270, process_vm_
     init_module 175 105, finit_module 313 273, kexec_load 246 104, reboot 169 142, syslog 103 116, setpriority 141
     140, ioprio_set 251 30, fanotify_init 300 262, sched_setparam 142 118, sched_setscheduler 144 119, sched_setattr
     314 274, sched_setaffinity 203 122"""
+# Without namespaces: to leave the group, and what Landlock does not know, to change a file's owner, mode, attributes and times.
+DENIED_TOO = """setpgid 109 154, setsid 112 157, fchmodat 268 53, fchmodat2 452 452, fchownat 260 54, setxattr 188 5, lsetxattr 189 6,
+    removexattr 197 14, lremovexattr 198 15, setxattrat 463 463, removexattrat 466 466, utimensat 280 88"""
+DENIED_TOO = [int(line.split()[1 + ARM]) for line in DENIED_TOO.split(",")] + [90, 92, 94, 132, 235, 261] * (not ARM)
 DENIED = {name: int(arm if ARM else x86) for name, x86, arm in map(str.split, DENIED.split(","))}
 
 def libc(name, *args):
@@ -356,7 +365,7 @@ def serve_candidates(mode, paths, scratch, control, caller, keeper):
                 os.dup2(out_w, 1), os.dup2(out_w, 2)
                 limit(resource.RLIMIT_CPU, int(cpu) + 2), limit(resource.RLIMIT_AS, memory << 20)
                 if ruleset and not spaces: libc(446, ruleset, 0)                # a Landlock domain of its own: no signal to Z
-                if layers["seccomp"] and not spaces: filter_syscalls([154, 157] if ARM else [109, 112])        # setpgid, setsid
+                if layers["seccomp"] and not spaces: filter_syscalls(DENIED_TOO)
                 os.closerange(3, line), os.closerange(line + 1, 64)
                 gc.enable()
                 candidate(sock, stream)
@@ -374,10 +383,10 @@ def serve_candidates(mode, paths, scratch, control, caller, keeper):
             try: done, how, usage = os.wait4(-1, 0)
             except ChildProcessError: done = None
             if done == pid: status, seconds = how, usage.ru_utime + usage.ru_stime
+        os.dup2(0, line, inheritable=False)            # T sees the end of U, and lets go of a stdout that U may have sent it
         while (data := os.read(out, 1 << 16)) and len(text) < KEEP_OUTPUT: text += data       # nobody is left who could write
         os.close(out)
-        os.dup2(0, line, inheritable=False)            # T sees the end of U
-        try: clean = not os.listdir(scratch) and os.stat(scratch).st_mode == 0o41777
+        try: clean = not os.listdir(scratch) + os.listxattr(scratch) and os.stat(scratch).st_mode == 0o41777
         except OSError: clean = False                  # a program may have closed the folder to all
         if not clean: os.chdir("/"), keeper.sendall(b"?"), keeper.recv(1), os.chdir(scratch)
         if reason == "ended" and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU: reason = "timeout"
@@ -416,6 +425,7 @@ class Remote:
         self.sock, self.methods, self.ahead = sock, methods, ahead              # ahead: requests that go with the code
         self.stream = open(sock.fileno(), "rb", 1 << 16, closefd=False)
         self.number, self.sent, self.gone = 0, len(ahead), False                # of the present request, of the last one sent
+        self.said = {}                                 # readings of objects since one of them was last asked to do something
 
     def send(self, data):
         try: self.sock.sendall(data)
@@ -434,6 +444,7 @@ class Remote:
     def ask(self, op, /, *args, **kwargs):
         """Lets U do it: gives the value, or raises what it raised."""
         if self.gone: raise Gone
+        if op not in UNARY: self.said.clear()
         body = request(op, args, kwargs)
         if self.number < len(self.ahead) and self.ahead[self.number] == body: self.number += 1
         else:                                          # not foreseen: from here on, each waits for the reply before it
@@ -441,7 +452,11 @@ class Remote:
             self.number = self.sent
             self.send(b"[%d,0,%b]\n" % (self.number, body))
         kind, value, *changed = self.reply(self.number)
-        if kind == "x": raise remote_error(value, *changed)
+        if kind == "x":
+            error = remote_error(value, *unpack(changed, self.handle))
+            if op == "call" and isinstance(error, StopIteration):               # it would end `all(map(f, xs))` with success
+                raise RuntimeError("the candidate raised StopIteration") from error
+            raise error
         if kind == "o": self.ahead = ()                # U passes over the rest
         try:
             if changed:
@@ -457,12 +472,12 @@ def request(op, args, kwargs):
         raise TypeError(f"the tests pass a {type(x).__name__}, which cannot be sent")
     return message([op, [pack(a, other) for a in args], {k: pack(v, other) for k, v in kwargs.items()}])[:-1]
 
-def remote_error(names, text):
+def remote_error(names, text, args=None):
     """An exception of U, as the first of its classes that is a builtin one and takes a text."""
     for kind in [getattr(builtins, str(name), None) for name in names] + [RuntimeError]:
         if not isinstance(kind, type) or not issubclass(kind, Exception): continue
-        try: error = kind(str(text))
-        except TypeError: continue                     # UnicodeDecodeError and its like want more
+        try: error = kind(*(args if type(args) is tuple else [str(text)]))
+        except Exception: continue                     # UnicodeDecodeError and its like want more
         error.remote = str(text)
         return error
 
@@ -485,7 +500,7 @@ class Proxy:
     def __init__(self, remote, key): self.__dict__.update(_remote=remote, _key=key, _mixed=False)
     def __setattr__(self, name, value): self._remote.ask("setattr", self, name, value)
     def __contains__(self, item): return any(item == v for v in iter(self))     # U's own __contains__ could say yes to all
-    def __hash__(self): return hash(self._key)
+    def __hash__(self): return hash(self._remote.ask("hash", self))             # the bucket only; __eq__ decides
     def __instancecheck__(self, x): return type(x) is Proxy and self._remote.ask("isinstance", x, self) is True
     def __subclasscheck__(self, x): return type(x) is Proxy and self._remote.ask("issubclass", x, self) is True
     def __eq__(self, x): return type(x) is Proxy and (self._key == x._key or self._remote.ask("eq", self, x) is True)
@@ -503,7 +518,10 @@ def arithmetic(op, swap=False):
     def ask(self, *args):
         plain = op in BINARY and type(args[0]) is not Proxy
         if plain and op not in WITH_PLAIN: return NotImplemented
+        said, key = self._remote.said, (op, self._key, *args) if op in UNARY else None
+        if key in said: return said[key]               # or an x whose float(x) is another number each time is a root of all
         value = self._remote.ask(op, *args, self) if swap else self._remote.ask(op, self, *args)
+        if key: said[key] = value
         if plain or any(type(x) is Proxy and x._mixed for x in (self, *args)):
             if type(value) is not Proxy: raise TypeError(f"{op}: the candidate's operators give no plain data to these tests")
             value.__dict__["_mixed"] = True
@@ -574,21 +592,21 @@ def why_not_split(nodes, names, ours, entry_point):
                 if any(map(function, [*args, *(k.value for k in more)])): why = "pass a function to the candidate"
     return why and f"the tests cannot be split: they {why}"
 
-def environment(plan, entry_point, candidates):
+def environment(plan, entry_point, candidates, seed):
     """The global names of the tests: the library's and the candidate's. A missing `sum` of the candidate is not ours."""
     env = candidates | {"__name__": "tests", "__builtins__": {n: v for n, v in vars(builtins).items() if n != entry_point}}
     for name in plan.library:
         module = LIBRARY.get(name) or {"np": "numpy"}.get(name, name)
         try: env[name] = getattr(__import__(module), name) if name in LIBRARY else __import__(module)
         except ImportError: pass
-    __import__("random").seed(0)                       # the same program gets the same label
+    __import__("random").seed(seed)                    # the same tests, the same label; and U does not know the tests
     return env
 
 def foresee(trees, names, methods):
     """Asserts of one form go to U as one batch: each around one call of the candidate with literal arguments. The tests' text
     says that these calls come, and in which order, up to the first statement that may ask for anything else."""
     import ast
-    requests, functions = [], {}
+    requests, functions, kinds = [], {}, set()
     skips = ast.BoolOp, ast.IfExp, ast.Lambda, ast.comprehension                # what may run a call never, or often
 
     def note(op, /, *args, **kwargs):                  # stands for U
@@ -608,10 +626,12 @@ def foresee(trees, names, methods):
                     env[name] = eval(compile(ast.Expression(call), "tests.py", "eval"), env)
                 case ast.Assert() if len(used) == 1 and not any(isinstance(n, skips) for n in inside):
                     call = [n for n in inside if isinstance(n, ast.Call) and used[0] in ast.walk(n.func)][-1]
+                    kinds.add(ast.unparse(call.func))  # of one function only: `dec("cd")` in the batch would answer `enc("ab")`
+                    if len(kinds) > 1: raise ValueError("from here on, each request waits for the reply before it")
                     eval(compile(ast.Expression(call), "tests.py", "eval"), env)
                 case _: raise ValueError("from here on, each request waits for the reply before it")
 
-    notebook = SimpleNamespace(ask=note, methods=methods)
+    notebook = SimpleNamespace(ask=note, methods=methods, said={})
     env = {"__builtins__": {}} | {name: Proxy(notebook, "g:" + name) for name in names}          # so arguments are literals
     try:
         for tree in trees: read(tree.body, env)
@@ -639,7 +659,8 @@ def judge(job, zygote, reports):
         if kind in ("x", "syntax"):                    # the candidate's code did not run to its end
             failure = "memory" if "MemoryError" in reply[0] else "syntax" if kind == "syntax" else "error", str(reply[1])
         elif split:
-            env = environment(p, job["entry_point"], {n: unpack(v, remote.handle) for n, v in reply[0].items() if n in p.names})
+            theirs = {n: unpack(v, remote.handle) for n, v in reply[0].items() if n in p.names}
+            env = environment(p, job["entry_point"], theirs, repr((job["setup"], job["tests"])))
             found.extend(outcomes(p.codes[0], p.codes[1:], env, lambda: remote.gone))
         else:
             found.append((str(kind), str(reply[0])))
@@ -779,10 +800,15 @@ def run_many(jobs, workers=None, on_result=None, isolation="auto"):
     try:
         while todo or busy.get_map():
             while todo and free:
-                job, worker = checked(**jobs[todo[0]]), free.pop() or Worker()
-                busy.register(worker.sock, selectors.EVENT_READ, (worker, todo.popleft()))
+                job, index = checked(**jobs[todo[0]]), todo.popleft()
+                try: line = message(job)
+                except OverflowError as error:
+                    results[index] = Result("error", False, 0, len(job["tests"]), 0.0, "", str(error), "split")
+                    continue
+                worker = free.pop() or Worker()
+                busy.register(worker.sock, selectors.EVENT_READ, (worker, index))
                 worker.deadline = time.monotonic() + 4 * job["timeout"] + 20
-                try: worker.sock.sendall(message(job))
+                try: worker.sock.sendall(line)
                 except OSError: pass                   # it has died: seen below
             for key, ready in [(key, True) for key, _ in busy.select(1)] or [(key, False) for key in busy.get_map().values()]:
                 worker, index = key.data
@@ -800,7 +826,7 @@ def run_many(jobs, workers=None, on_result=None, isolation="auto"):
                     if not late and tries[index] < 3: todo.appendleft(index)
                     else: results[index] = result
                 free.append(worker)
-                while on_result and told < len(jobs) and results[told]: on_result(told, results[told]); told += 1
+            while on_result and told < len(jobs) and results[told]: on_result(told, results[told]); told += 1
         return results
     finally:
         for key in [*busy.get_map().values()]: key.data[0].end()

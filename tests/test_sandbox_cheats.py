@@ -73,6 +73,10 @@ cheat("lies", "the function is a lying class", in_process, "class add:\n    def 
 cheat("lies", "__eq__ by metaclass", in_process, "class M(type):\n    def __eq__(self, o): return True\n    __hash__ = None\nclass C(metaclass=M): pass\ndef f(*a): return C", ["assert f(1) == 3"])
 cheat("lies", "__dir__, __len__ and __iter__ all at once", in_process, "class L(list):\n    def __len__(self): return 2\n    def __iter__(self): return iter([1, 2])\n    def __eq__(self, o): return list(self) == o\ndef f(*a): return L([9])", ["assert f(1) == [1, 2]"])
 
+cheat("lies", "a float that is another one each time", in_process, "class L:\n    def __init__(s, xs): s.v = [0.0, -xs[0] / xs[1]]\n    def __float__(s): return s.v.pop(0) if s.v else 0.0\ndef f(xs): return L(xs)",
+      ["import math\nx, total = f([1, 2]), 0\nfor i, c in enumerate([1, 2]): total += c * math.pow(x, i)\nassert abs(total) < 1e-4"])          # HumanEval/32
+cheat("lies", "StopIteration ends a map", in_process, "def f(x): raise StopIteration", ["assert all(map(f, [1, 2, 3]))", "assert not any(map(f, [1]))", "for a, b in zip(map(f, [1]), [2]): assert a == b"])
+
 # ---- the tests' own tools replaced: as builtins, as module globals, inside modules
 
 for name, fake, test in [("abs", "lambda x: 0", "assert abs(f(1) - 3) < 1"), ("len", "lambda x: 3", "assert len(f(1)) == 3"), ("isinstance", "lambda x, t, real=isinstance: x == [0] or real(x, t)", "assert isinstance(f(1), str)"),
@@ -172,6 +176,20 @@ def test_forged_messages_are_only_data(name):
     assert good.passed, good
 
 
+READ_AHEAD = """import json, sys
+def enc(s):
+    frame = sys._getframe()
+    while frame:
+        if "stream" in frame.f_locals:
+            for line in frame.f_locals["stream"].peek().split(b"\\n"):
+                try: op, args, kwargs = json.loads(line)[2]
+                except ValueError: continue
+                if args[0] == {"h": "g:dec"}: return args[1]
+        frame = frame.f_back
+def dec(s): return "ab"
+"""
+
+
 # ---- each guard is needed: with it the attack fails, in a copy of sandbox.py without it the attack gets through
 
 GUARDS = {               # guard: (text in sandbox.py, what stands there instead, the candidate, the tests, other arguments, what a broken guard shows)
@@ -190,6 +208,9 @@ GUARDS = {               # guard: (text in sandbox.py, what stands there instead
     "names hide no library": ("library = names & (", "library = set() & (", "isclose = lambda *a: True\ndef f(x): return 0", ["assert isclose(f(1), 3)"], {}),
     "a missing function is not a builtin": ("if n != entry_point}}", "}}", "pass", ["assert sum([1, 2]) == 3"], dict(entry_point="sum")),
     "a bare check is called": ("if entry_point and not re.search(", "if 0 and not re.search(", "def f(x): return 0", ["def check(candidate):\n    assert candidate(1) == 2"], {}),
+    "no narrow floats of numpy": ("return x if not wide or", "return x if 1 or", "import numpy as np\nA = [np.float16('inf'), np.float16(2 * 3.1415926 * 10), np.array([np.inf], 'float16')]\ndef f(n): return A[n]", ["assert f(0) == 10**30", "assert f(1) == 62.830000000000005", "assert f(2) == 70000"], dict(timeout=10.0, memory_mb=2048)),  # MBPP/139
+    "no answer in the requests that went ahead": ("if len(kinds) > 1: raise", "if 0: raise", READ_AHEAD, ["assert enc('ab') == 'cd'", "assert dec('cd') == 'ab'"], dict(entry_point="enc", timeout=0.2)),
+    "random inputs that nobody can foretell": ('__import__("random").seed(seed)', '__import__("random").seed(0)', "import random\nR = random.Random(0)\ndef f(code): return R.randint(1, 10**6)", ["import random\nfor _ in range(5):\n    n = random.randint(1, 10**6)\n    assert f(n * n % 1000003) == n"], {}),  # HumanEval/38
     "memory": (", limit(resource.RLIMIT_AS, memory << 20)", "", "x = bytearray(300 << 20)\ndef f(x): return 1", ["assert f(1) == 1"], dict(memory_mb=128)),
     "number of processes": ("if os.getuid(): limit(resource.RLIMIT_NPROC", "if 0: limit(resource.RLIMIT_NPROC", "import os, time\nfor _ in range(300):\n    if os.fork() == 0: time.sleep(9)\ndef f(x): return 1", ["assert f(1) == 1"], {}),
     "open files": (", limit(resource.RLIMIT_NOFILE, 256)", "", "k = [open('/dev/null') for _ in range(600)]\ndef f(x): return 1", ["assert f(1) == 1"], {}),
@@ -206,6 +227,7 @@ GUARDS = {               # guard: (text in sandbox.py, what stands there instead
 @pytest.mark.parametrize("guard", GUARDS)
 def test_each_guard_is_needed(guard, tmp_path):
     old, new, code, tests, options = GUARDS[guard]
+    if "numpy" in guard: pytest.importorskip("numpy")
     if guard == "no root's rights" and os.getuid(): pytest.skip("this run has no root's rights to take away")
     if set(sandbox.MISSING or []) & {"number of processes", "root's rights"} and guard in ("number of processes", "no root's rights"): pytest.skip("not enforced on this host")
     job = {"code": code, "tests": tests, "entry_point": "add" if tests is ADD else "f", "timeout": 2.0} | options
@@ -239,6 +261,11 @@ def test_all_cheats_without_namespaces(monkeypatch):
         assert passed == [] and sandbox.IDLE[0].layers["mode"] == "no namespaces"
         assert sandbox.run("def add(a, b): return a + b", ADD, entry_point="add").passed
     finally: sandbox.close()
+
+
+def test_random_inputs_are_the_same_every_time():
+    draws = [sandbox.run("def f(n): print(n)", ["import random\nf(random.random())"], entry_point="f").stdout for _ in range(2)]
+    assert draws[0] == draws[1] != ""
 
 
 def test_true_answers_sent_by_hand_count_as_answers():

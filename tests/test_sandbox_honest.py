@@ -150,6 +150,20 @@ def test_setup_runs_after_the_candidate_and_sees_its_classes():
         assert result.passed, result
 
 
+@pytest.mark.parametrize("code, test", [
+    ("def f(x): raise ValueError('bad')", "try: f(1)\nexcept ValueError as e: assert str(e) == 'bad' and e.args == ('bad',)\nelse: assert 0"),
+    ("def f(x): return x.decode()", "try: f(b'\\xff')\nexcept UnicodeDecodeError as e: assert e.start == 0\nelse: assert 0"),
+    ("class P:\n    def __init__(s, x): s.x = x\n    def __eq__(s, o): return s.x == o.x\n    def __hash__(s): return hash(s.x)\nf = P", "assert len({f(1), f(1), f(2)}) == 2 and {f(1): 5}[f(1)] == 5"),
+    ("from collections import defaultdict\ndef f(x): return defaultdict(int, {1: x})", "d = f(5)\nassert d[1] == 5 and d[2] == 0"),
+    ("def f():\n    yield 1", "g = f()\nassert next(g) == 1\ntry: next(g)\nexcept StopIteration: pass\nelse: assert 0"),
+    ("class f:\n    def __init__(s): s.n = 0\n    def add(s): s.n += 1\n    def __len__(s): return s.n\n    __bool__ = lambda s: s.n > 1", "s = f()\nassert len(s) == len(s) == 0 and not s\ns.add()\nassert len(s) == 1 and not s\ns.add()\nassert len(s) == 2 and s"),
+    ("import numpy as np\ndef f(): return np.float32(0.5), np.float64(0.1), np.ones(3, 'float32')", "a, b, c = f()\nassert a == 0.5 and b == 0.1 and c.dtype == 'float32' and (c == 1).all()")])
+def test_honest_answers_of_objects(code, test):
+    if "numpy" in code: pytest.importorskip("numpy")
+    result = sandbox.run(code, [test], entry_point="f", timeout=10.0, memory_mb=2048)
+    assert result.passed and result.trust == "split", result
+
+
 def test_foreseen_requests_do_not_disturb_the_order():
     """Requests sent ahead are those that the tests make: a counter shows each call once and in order, also after a failed test."""
     code = "calls = []\ndef f(x): calls.append(x); return len(calls)"

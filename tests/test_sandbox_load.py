@@ -66,6 +66,14 @@ def test_results_come_in_input_order():
     assert [int(r.error.removeprefix("KeyError: ")) for r in sandbox.run_many(jobs, workers=3)] == list(range(40))
 
 
+def test_a_program_too_large_to_send_is_its_own_error():
+    jobs = [dict(code=code, tests=["pass"]) for code in ("x = 1", "#" * (17 << 20), "x = 3", "#" * (17 << 20))]
+    told = []
+    results = sandbox.run_many(jobs, 1, lambda index, result: told.append((index, result.status)))
+    assert [r.status for r in results] == ["passed", "error", "passed", "error"] and "too large" in results[1].error
+    assert told == list(enumerate(r.status for r in results))
+
+
 def test_jobs_may_have_their_own_limits():
     results = sandbox.run_many([GOOD | dict(timeout=0.2, code="while True: pass"), GOOD | dict(memory_mb=64, code="x = bytearray(200 << 20)\ndef f(x): return 2"), GOOD | dict(memory_mb=1024, code="x = bytearray(600 << 20)\ndef f(x): return 2"), GOOD | dict(trust="in_process")])
     assert [r.status for r in results] == ["timeout", "memory", "passed", "passed"] and results[3].trust == "in_process"

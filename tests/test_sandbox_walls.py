@@ -114,6 +114,13 @@ def test_flags_and_modes_are_not_left_for_the_next():
         assert inside("def f(): return open('a', 'w').write('abc')") == 3
 
 
+def test_attributes_are_not_left_for_the_next():
+    """A default ACL on the scratch shows in no listing and no mode, and closes each new file to its owner."""
+    acl = "bytes.fromhex('0200000001000000ffffffff04000000ffffffff20000000ffffffff')"
+    sandbox.run(f"import os\nfor name, value in (('system.posix_acl_default', {acl}), ('user.x', b'y')):\n    try: os.setxattr('.', name, value)\n    except OSError: pass", ["pass"])
+    assert inside("import os\ndef f():\n    open('a', 'w').write('x')\n    return [open('a').read(), os.listxattr('.')]") == ["x", []]
+
+
 def test_disk_is_limited():
     code = "def f():\n    n = 0\n    try:\n        for i in range(40):\n            with open(f'x{i}', 'wb') as h:\n                for _ in range(16): n += h.write(b'x' * (1 << 20))\n    except OSError: pass\n    return n >> 20"
     if inside("import os\ndef f(): return os.getcwd()").startswith("/dev/shm"): pytest.skip("without namespaces the scratch has no total limit")
@@ -407,7 +414,7 @@ def test_the_trial_of_the_walls_finds_a_hole(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
-def test_every_mode_of_isolation_keeps_the_walls(mode, monkeypatch):
+def test_every_mode_of_isolation_keeps_the_walls(mode, monkeypatch, tmp_path):
     """With a user namespace, as root without one, with no namespace at all: files, network and signals are closed in each."""
     sandbox.close()
     monkeypatch.setattr(sandbox, "MODES", MODES[mode:])
@@ -416,6 +423,11 @@ def test_every_mode_of_isolation_keeps_the_walls(mode, monkeypatch):
         assert sandbox.run("def f(): return 1", ["assert f() == 1"], entry_point="f").passed
         assert not {"reading files outside", "writing files outside", "network", "signals to other processes", "memory", "new namespaces", "processes that leave their group"} & set(sandbox.MISSING)
         assert sandbox.IDLE[0].layers["mode"] in MODES[mode:]
+        victim = tmp_path / "file"
+        victim.write_text("x"), os.chmod(victim, 0o640), os.utime(victim, (1, 1)), os.chmod(tmp_path, 0o777)
+        sandbox.run(f"import os\nfor spoil in (lambda p: os.chmod(p, 0), lambda p: os.utime(p, (9, 9)), lambda p: os.setxattr(p, 'user.x', b'y'), lambda p: os.chown(p, -1, os.getgid())):\n"
+                    f"    try: spoil({str(victim)!r})\n    except OSError: pass", ["pass"])
+        assert (os.stat(victim).st_mode & 0o777, os.stat(victim).st_mtime, os.listxattr(victim)) == (0o640, 1, [])
         beside = attempt("[open(p + '/beside', 'w').close() for p in ('..', '../..', '/tmp')]").replace("def f():", "def f():\n    open('here', 'w').write('x')")
         assert inside(beside)[0] == "refused" or mode < 2                       # /tmp is the scratch there
         assert inside("import os\ndef f(): return os.listdir('.')") == []
