@@ -8,7 +8,8 @@
 Each run is a numbered script as a subprocess with its default settings but for the flags that `list` shows. A seed decides the
 order of prompts, the samples and the filter; the SFT policy and the reward model are the same for all seeds (so intervals hold
 the variance of reinforcement learning, not that of the stages before). Methods of a seed see the same prompts in the same order
-(`single` and PLUM, which take more and fewer prompts an iteration, others), so differences are paired by seed. The test problems are those of 05_eval.py; validation problems choose `best`.
+(`single` and PLUM, which take more and fewer prompts an iteration, others), so differences are paired by seed. The test
+problems are those of 05_eval.py; validation problems choose `best`.
 """
 
 import argparse
@@ -469,7 +470,7 @@ def plot_profiles(records, path):
     for value in by_seed(records, "main", "sft", test("best", "greedy")).values():
         axis.axhline(value, color="gray", linestyle="--", label="SFT")
     axis.set_xticks(range(len(groups)), [group.removeprefix("profile_").replace("_", "\n") for group in groups])
-    axis.set(xlabel="where the reward is unreliable, and by what", ylabel="greedy pass@1, test, iteration 15")
+    axis.set(xlabel="where the reward errs (equally often but for clean), and what decides it", ylabel="greedy pass@1, test, iteration 15")
     axis.grid(alpha=0.3, axis="y")
     axis.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.13), frameon=False)
     figure.tight_layout()
