@@ -12,7 +12,8 @@ ones stand:
     low          29% are; they stand below all others
     everywhere   50% are, spread over all others
     middle_ranks within one prompt, not over all: its best and its worst response are right, the rewards of those between
-                 are dealt anew among them. BW and BoN then train as with a clean reward, by construction
+                 are dealt anew among them. BW and BoN then train on what they do with a clean reward (of equal
+                 responses another one may be kept, and the order of a minibatch differ)
 
 The shares are such that `moderate` to `everywhere` each put three of four pairs (one that passes, one that fails) in the right
 order: as reward models they are equally accurate, and differ in where they err. Half of a pair's chance is lost where both are
