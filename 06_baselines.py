@@ -779,7 +779,7 @@ def plot_curves(metrics, path, title):
 def main(cfg):
     started = time.time()
     n, per_prompt = cfg.prompts_per_iteration, cfg.responses_per_prompt
-    for name, least in (("responses_per_prompt", 2), ("rounds", 1), ("anchor_every", 1), ("iterations", 1)):
+    for name, least in (("responses_per_prompt", 2), ("rounds", 1), ("anchor_every", 1), ("iterations", 1), ("eval_every", 1)):
         if getattr(cfg, name) < least:
             fail(f"--{name} is {getattr(cfg, name)}; give at least {least}")
     if cfg.beta <= 0:

@@ -1011,7 +1011,7 @@ def main(cfg):
     started = time.time()
     per_prompt = cfg.responses_per_prompt
     for name, least in (("responses_per_prompt", 2), ("test_responses", 1), ("pairs_per_prompt", 1), ("iterations", 1),
-                        ("prompts_per_iteration", 1)):
+                        ("prompts_per_iteration", 1), ("eval_every", 1)):
         if getattr(cfg, name) < least:
             fail(f"--{name} is {getattr(cfg, name)}; give at least {least}")
     if cfg.beta <= 0:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import load_script
 
 PROBLEM = {"task_id": "t/0", "prompt": "p", "prefix": "", "setup": "", "entry_point": None, "tests": ["assert True"],
            "solution": "pass\n"}
@@ -13,7 +14,6 @@ PROBLEM = {"task_id": "t/0", "prompt": "p", "prefix": "", "setup": "", "entry_po
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """A folder with one good problem file and a small model with its tokenizer; the paths that scripts take by default."""
-    from conftest import load_script
     from transformers import LlamaConfig, LlamaForCausalLM
 
     monkeypatch.chdir(tmp_path)
@@ -94,6 +94,15 @@ def test_reward_model_without_statistics(script, world, capsys, request):
                 "r2": dict(data="problems.jsonl", policies=["policy"])}[script]
     refused(capsys, world, lambda: module.main(module.Config(reward_model="rm", out="o", **settings)), "rm", "reward_mean",
             "02_reward_model.py")
+
+
+@pytest.mark.parametrize("script, names", [
+    ("04_pf_ppo.py", ("eval_every", "state_every")), ("06_baselines.py", ("eval_every",)), ("07_plum.py", ("eval_every",))])
+def test_never_is_no_number_of_iterations(world, capsys, script, names):
+    """0 would end the run in a division by zero, after the first iteration is paid for."""
+    module = load_script(script)
+    for name in names:
+        refused(capsys, world, lambda: module.main(module.Config(out="o", **{name: 0})), f"--{name}", "at least")
 
 
 def test_missing_model(evaluation, world, capsys):
