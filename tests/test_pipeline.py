@@ -265,6 +265,24 @@ def test_profiles_differ_in_where_they_err_not_in_how_often(profile, accuracy, e
         assert share is None or passes[(places >= low) & (places < high)].mean().item() == pytest.approx(share, abs=0.07)
 
 
+def test_middle_ranks_are_dealt_anew_within_a_prompt():
+    """Two prompts of five responses: the best and the worst of each keep their reward, those between hold each other's."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import controlled
+
+    samples = [{"prompt": "p", "response": f"r{i}", "passed_tests": i % 4, "total_tests": 3} for i in range(400)]
+    problems = [{"prompt": "p"}, {"prompt": "q"}]
+    tests = lambda problems, texts, *_: [SimpleNamespace(passed_tests=int(text[1:]) % 4, total_tests=3) for text in texts]  # noqa: E731
+    stage = SimpleNamespace(encode_prompt=lambda tokenizer, prompt: [ord(prompt)], run_tests=tests,
+                            decode_response=lambda tokenizer, ids: f"r{ids[0]}")
+    sequences = [[ord(prompt), k] for prompt in "pq" for k in range(5)]
+    clean, dealt = (controlled.ProfileReward(stage, None, problems, samples, profile, "hash", 1.0, 0.0, 1.0, 5)(None, sequences, 0, 8)
+                    .view(2, 5) for profile in ("clean", "middle_ranks"))
+    assert torch.equal(clean.sort(1).values, dealt.sort(1).values) and not torch.equal(clean, dealt)
+    for extreme in (torch.argmax, torch.argmin):
+        assert torch.equal(extreme(clean, 1), extreme(dealt, 1))
+
+
 def test_worse_reward_models_on_purpose(pipeline):
     """--max_pairs and --label_noise of stage 2: so many pairs, and about so many of them the wrong way round."""
     folder = pipeline["folder"]

@@ -390,7 +390,7 @@ def prediction(records, prefix):
             + markdown([prefix.strip("_"), "pooled R²", "R² within prompts"], [[row[0], *(f"{x:+.2f}" for x in row[1:])] for row in rows]))
 
 
-def plot_training(records, path, methods=("none", "random2", "bon", "br", "bw")):
+def plot_training(records, path, methods=FILTERS[:5]):  # in the colours of the figure of the profiles
     """Figure 2: reward and true pass rate of the rollouts over training, mean over seeds with their range."""
     import matplotlib
 
@@ -470,7 +470,7 @@ def plot_profiles(records, path):
     for value in by_seed(records, "main", "sft", test("best", "greedy")).values():
         axis.axhline(value, color="gray", linestyle="--", label="SFT")
     axis.set_xticks(range(len(groups)), [group.removeprefix("profile_").replace("_", "\n") for group in groups])
-    axis.set(xlabel="where the reward errs (equally often but for clean), and what decides it", ylabel="greedy pass@1, test, iteration 15")
+    axis.set(xlabel="where the reward errs (from moderate to everywhere equally often), and what decides it", ylabel="greedy pass@1, test, iteration 15")
     axis.grid(alpha=0.3, axis="y")
     axis.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.13), frameon=False)
     figure.tight_layout()
