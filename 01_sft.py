@@ -172,7 +172,11 @@ def parse_config(config_class, description):
         else:
             options["type"] = setting.type
         parser.add_argument(f"--{setting.name}", **options)
-    return config_class(**vars(parser.parse_args()))
+    values = vars(parser.parse_args())
+    for name, value in values.items():
+        if name.endswith("batch_size") and value < 1:
+            fail(f"--{name} {value}: it must be at least 1")
+    return config_class(**values)
 
 
 def read_jsonl(path, fields):
@@ -786,9 +790,9 @@ def main(cfg):
             loss.backward()
             step_loss += loss.item()
         step_loss, = add_up([step_loss])
-        if not math.isfinite(step_loss):
-            fail(f"the loss is {step_loss} at step {step}; lower --lr ({cfg.lr})")
-        clip_gradients(model, cfg.max_grad_norm)
+        norm = clip_gradients(model, cfg.max_grad_norm)
+        if not math.isfinite(step_loss + norm):  # a finite loss may have a gradient that is not
+            fail(f"the loss is {step_loss}, its gradient's norm {norm} at step {step}; lower --lr ({cfg.lr}) in another --out")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)

@@ -25,6 +25,7 @@ and 0.89 with all pairs: their number matters more than their kind.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -197,7 +198,11 @@ def parse_config(config_class, description):
         else:
             options["type"] = setting.type
         parser.add_argument(f"--{setting.name}", **options)
-    return config_class(**vars(parser.parse_args()))
+    values = vars(parser.parse_args())
+    for name, value in values.items():
+        if name.endswith("batch_size") and value < 1:
+            fail(f"--{name} {value}: it must be at least 1")
+    return config_class(**values)
 
 
 def read_jsonl(path, fields):
@@ -603,6 +608,12 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         stop: strings that finish a row, too, at the next look; what follows them, be it an EOS, is for the caller to cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
+    if responses_per_prompt > batch_size:  # the responses of a prompt in parts
+        spans = [slice(at, min(at + batch_size, responses_per_prompt)) for at in range(0, responses_per_prompt, batch_size)]
+        parts = [generate(model, tokenizer, prompts, span.stop - span.start, max_new_tokens, temperature,
+                          generator[:, span] if isinstance(generator, torch.Tensor) else generator, batch_size, look_every, stop)
+                 for span in spans]
+        return [sum(groups, []) for groups in zip(*parts)]
     device, eos, training = model.device, tokenizer.eos_token_id, model.training
     model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
     look_every = look_every or (1 if device.type == "cpu" else 16)
@@ -612,7 +623,7 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
                        and not getattr(model.config, "sliding_window", None))
     responses = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    prompts_per_batch = max(1, batch_size // responses_per_prompt)
+    prompts_per_batch = batch_size // responses_per_prompt
     for first in range(0, len(order), prompts_per_batch):
         batch = order[first:first + prompts_per_batch]
         width = len(prompts[batch[-1]])
@@ -895,6 +906,29 @@ def shared_save(model, tokenizer, directory):
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
+def sample_and_test(problems, prompt_ids, tokenizer, part_size, sample, cfg):
+    """Responses to all prompts with their verdicts; the programs of a part are tested while the next part is sampled.
+
+    A part is `part_size` prompts, in order of length, as `generate` takes them: if that is a multiple of its batch, or all,
+    parts change nothing. `sample(prompts)` gives for each prompt its responses, lists of token ids.
+    Returns: (problem, token ids, text, sandbox.Result) of each response, in order of prompt.
+    """
+    order = sorted(range(len(problems)), key=lambda p: len(prompt_ids[p]))
+    background, sampled, tests, started = concurrent.futures.ThreadPoolExecutor(1), [], [], time.time()
+    for start in range(0, len(order), part_size):
+        part = order[start:start + part_size]
+        groups = sample([prompt_ids[p] for p in part])
+        rows = [(p, ids, decode_response(tokenizer, ids)) for p, group in zip(part, groups) for ids in group]
+        if rank() == 0:
+            tests.append(background.submit(run_tests, [problems[p] for p, _, _ in rows], [text for _, _, text in rows],
+                                           cfg.workers, cfg.timeout))
+        sampled += rows
+    print(f"{len(sampled)} responses, {time.time() - started:.0f} s", flush=True)
+    results = on_rank_0(lambda: [result for part in tests for result in part.result()])
+    rows = sorted(zip(sampled, results), key=lambda row: row[0][0])  # stable: the responses of a prompt stay in their order
+    return [(problems[p], ids, text, result) for (p, ids, text), result in rows]
+
+
 def main(cfg):
     started = time.time()
     out, work = Path(cfg.out), Path(f"{cfg.out}.work")
@@ -925,19 +959,21 @@ def main(cfg):
         if cfg.shard:
             shard(policy, device)
         generator = torch.Generator(device).manual_seed(cfg.seed)
-        with autocast(device):
-            groups = shared_generate(policy, tokenizer, prompt_ids, n, cfg.max_new_tokens, cfg.temperature, generator,
-                                     cfg.generate_batch_size)
+        # A CPU does one after the other: sandbox and PyTorch would only take its cores from each other.
+        part_size = len(problems) if device.type == "cpu" else 4 * max(1, cfg.generate_batch_size // n)
+
+        def sample(prompts):
+            with autocast(device):
+                return shared_generate(policy, tokenizer, prompts, n, cfg.max_new_tokens, cfg.temperature, generator,
+                                       cfg.generate_batch_size)
+
+        tested = sample_and_test(problems, prompt_ids, tokenizer, part_size, sample, cfg)
         del policy
-        print(f"{len(problems) * n} responses, {time.time() - started:.0f} s", flush=True)
-        flat = [(problem, ids, decode_response(tokenizer, ids)) for problem, group in zip(problems, groups) for ids in group]
-        results = on_rank_0(run_tests, [problem for problem, _, _ in flat], [text for _, _, text in flat], cfg.workers,
-                            cfg.timeout)
         records = [{"task_id": problem["task_id"], "prompt": problem["prompt"], "response": text, "rm_score": None,
                     "actual_score": float(result.passed), "passed_tests": result.passed_tests,
                     "total_tests": result.total_tests, "status": result.status,
                     "truncated": ids[-1] != tokenizer.eos_token_id, "policy": cfg.policy, "response_ids": ids}
-                   for (problem, ids, text), result in zip(flat, results)]
+                   for problem, ids, text, result in tested]
     grouped = [records[i:i + n] for i in range(0, len(records), n)]  # the records of each prompt
     response_ids = [[record["response_ids"] for record in group] for group in grouped]
     responses = [[record["response"] for record in group] for group in grouped]
@@ -1017,10 +1053,10 @@ def main(cfg):
             step_loss += loss.item()
             step_hits += counts * (chosen > rejected).sum().item()
         step_loss, step_hits = add_up([step_loss, step_hits])
-        if not math.isfinite(step_loss):
-            fail(f"the loss is {step_loss} at step {step}; lower --lr ({cfg.lr})")
+        norm = clip_gradients(reward_model, cfg.max_grad_norm)
+        if not math.isfinite(step_loss + norm):  # a finite loss may have a gradient that is not
+            fail(f"the loss is {step_loss}, its gradient's norm {norm} at step {step}; lower --lr ({cfg.lr}) in another --out")
         losses, hits, seen = losses + [step_loss], hits + step_hits, seen + len(batch)
-        clip_gradients(reward_model, cfg.max_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)

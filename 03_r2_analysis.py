@@ -29,6 +29,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import sys
 import time
 import traceback
@@ -193,7 +194,11 @@ def parse_config(config_class, description):
         else:
             options["type"] = setting.type
         parser.add_argument(f"--{setting.name}", **options)
-    return config_class(**vars(parser.parse_args()))
+    values = vars(parser.parse_args())
+    for name, value in values.items():
+        if name.endswith("batch_size") and value < 1:
+            fail(f"--{name} {value}: it must be at least 1")
+    return config_class(**values)
 
 
 def read_jsonl(path, fields):
@@ -469,6 +474,12 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         stop: strings that finish a row, too, at the next look; what follows them, be it an EOS, is for the caller to cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
+    if responses_per_prompt > batch_size:  # the responses of a prompt in parts
+        spans = [slice(at, min(at + batch_size, responses_per_prompt)) for at in range(0, responses_per_prompt, batch_size)]
+        parts = [generate(model, tokenizer, prompts, span.stop - span.start, max_new_tokens, temperature,
+                          generator[:, span] if isinstance(generator, torch.Tensor) else generator, batch_size, look_every, stop)
+                 for span in spans]
+        return [sum(groups, []) for groups in zip(*parts)]
     device, eos, training = model.device, tokenizer.eos_token_id, model.training
     model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
     look_every = look_every or (1 if device.type == "cpu" else 16)
@@ -478,7 +489,7 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
                        and not getattr(model.config, "sliding_window", None))
     responses = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    prompts_per_batch = max(1, batch_size // responses_per_prompt)
+    prompts_per_batch = batch_size // responses_per_prompt
     for first in range(0, len(order), prompts_per_batch):
         batch = order[first:first + prompts_per_batch]
         width = len(prompts[batch[-1]])
@@ -733,14 +744,17 @@ def main(cfg):
         lines.append("R2 alone gives no reason to filter here: the best filter is not clearly above none")
     print("\n".join(lines))
 
-    # ---- save
-    out.mkdir(parents=True)
-    write_jsonl(out / "samples.jsonl", records)
-    (out / "r2.json").write_text(json.dumps({"recommended": choice, "table": table}, indent=2) + "\n", encoding="utf-8")
-    (out / "table.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plot_reliability(curves, out / "reliability.png")
-    plot_r2(table, out / "r2.png")
-    save_config(cfg, out)
+    # ---- save: the folder gets its name when all is in it
+    part = Path(f"{out}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write_jsonl(part / "samples.jsonl", records)
+    (part / "r2.json").write_text(json.dumps({"recommended": choice, "table": table}, indent=2) + "\n", encoding="utf-8")
+    (part / "table.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plot_reliability(curves, part / "reliability.png")
+    plot_r2(table, part / "r2.png")
+    save_config(cfg, part)
+    os.replace(part, out)
     print(f"saved {out}; stage 03_r2_analysis took {cost(started)}")
 
 

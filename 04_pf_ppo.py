@@ -605,6 +605,12 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         stop: strings that finish a row, too, at the next look; what follows them, be it an EOS, is for the caller to cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
+    if responses_per_prompt > batch_size:  # the responses of a prompt in parts
+        spans = [slice(at, min(at + batch_size, responses_per_prompt)) for at in range(0, responses_per_prompt, batch_size)]
+        parts = [generate(model, tokenizer, prompts, span.stop - span.start, max_new_tokens, temperature,
+                          generator[:, span] if isinstance(generator, torch.Tensor) else generator, batch_size, look_every, stop)
+                 for span in spans]
+        return [sum(groups, []) for groups in zip(*parts)]
     device, eos, training = model.device, tokenizer.eos_token_id, model.training
     model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
     look_every = look_every or (1 if device.type == "cpu" else 16)
@@ -614,7 +620,7 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
                        and not getattr(model.config, "sliding_window", None))
     responses = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    prompts_per_batch = max(1, batch_size // responses_per_prompt)
+    prompts_per_batch = batch_size // responses_per_prompt
     for first in range(0, len(order), prompts_per_batch):
         batch = order[first:first + prompts_per_batch]
         width = len(prompts[batch[-1]])
@@ -755,7 +761,11 @@ def parse_config(config_class, description):
         else:
             options["type"] = setting.type
         parser.add_argument(f"--{setting.name}", **options)
-    return config_class(**vars(parser.parse_args()))
+    values = vars(parser.parse_args())
+    for name, value in values.items():
+        if name.endswith("batch_size") and value < 1:
+            fail(f"--{name} {value}: it must be at least 1")
+    return config_class(**values)
 
 
 def read_jsonl(path, fields):
@@ -1408,6 +1418,8 @@ def main(cfg):
             load_parts(model, optimizers[name], state["models"][name], state["optimizers"][name])
         metrics, kl_coef, best = state["metrics"], state["kl_coef"], state["best"]
         del state  # as large as the models and their optimisers
+        if rank() == 0 and (out / "best.old").exists() and not (out / "best").exists():
+            os.replace(out / "best.old", out / "best")  # killed between the two renames of save_model
         print(f"resuming {out} after iteration {metrics[-1]['iteration']}", flush=True)
     else:
         if rank() == 0:
@@ -1479,17 +1491,19 @@ def main(cfg):
 
         # ---- PPO epochs
         kl = (batch["old_logprobs"] - ref_logprobs)[measured]
-        if iteration == 1:  # a wrong mask, position or temperature shows here, before it costs a run
-            with torch.no_grad():
-                _, first = policy_loss_of(take_rows(batch, kept[:cfg.micro_batch_size], device))
-            # In bf16 a token's logprob may be off by some hundredths where kernels differ: on a GPU the mean decides.
-            gap = kl.abs().max() if device.type == "cpu" else masked_mean(kl.abs(), mask[measured])
-            allowed = 1e-2 if device.type == "cpu" else 5e-2
-            if not (abs(first["ratio"] - 1) <= allowed and gap <= allowed):  # nan is neither
-                fail(f"before the first update the ratio is {first['ratio']:.4f} (must be 1) and the log-ratio to the "
-                     f"reference {gap:.4f} (must be 0): policy and reference are not the same model")
         policy_statistics, critic_statistics, problem = {}, {}, None
         try:
+            if not all(values.isfinite().all() for values in (kl, scores, batch["advantages"])):
+                raise FloatingPointError("a logprob, reward or value is not a finite number")
+            if iteration == 1:  # a wrong mask, position or temperature shows here, before it costs a run
+                with torch.no_grad():
+                    _, first = policy_loss_of(take_rows(batch, kept[:cfg.micro_batch_size], device))
+                # In bf16 a token's logprob may be off by some hundredths where kernels differ: on a GPU the mean decides.
+                gap = kl.abs().max() if device.type == "cpu" else masked_mean(kl.abs(), mask[measured])
+                allowed = 1e-2 if device.type == "cpu" else 5e-2
+                if not (abs(first["ratio"] - 1) <= allowed and gap <= allowed):
+                    raise FloatingPointError(f"before the first update the ratio is {first['ratio']:.4f} (must be 1) and the log-ratio "
+                                             f"to the reference {gap:.4f} (must be 0): they are not the same model")
             if kl.sum(1).mean() > cfg.max_kl:
                 raise FloatingPointError(f"KL from the reference is {kl.sum(1).mean():.0f} nats per response, above --max_kl "
                                          f"{cfg.max_kl:g}")
@@ -1519,7 +1533,8 @@ def main(cfg):
             write_jsonl(out / "rollouts" / f"{iteration:04d}.jsonl", records)
         if problem:
             fail(f"iteration {iteration}: {problem}; its rollouts are in {out}/rollouts, the best policy before in {out}/best. "
-                 "Lower --lr or --critic_lr, or raise --kl_coef")
+                 + ("Compare --policy and --reward_model with what the stages before have saved" if iteration == 1 else
+                    "Start in another --out with a lower --lr or --critic_lr, or a higher --kl_coef"))
         line = {"iteration": iteration, "strategy": strategy, "rm_score": rm_scores.mean().item(),
                 "pass_rate": passed.mean().item(), "pass_rate_kept": passed[kept].mean().item(),
                 "kept": len(kept), "seen": len(texts),

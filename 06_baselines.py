@@ -249,7 +249,11 @@ def parse_config(config_class, description):
         else:
             options["type"] = setting.type
         parser.add_argument(f"--{setting.name}", **options)
-    return config_class(**vars(parser.parse_args()))
+    values = vars(parser.parse_args())
+    for name, value in values.items():
+        if name.endswith("batch_size") and value < 1:
+            fail(f"--{name} {value}: it must be at least 1")
+    return config_class(**values)
 
 
 def read_jsonl(path, fields):
@@ -516,6 +520,12 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
         stop: strings that finish a row, too, at the next look; what follows them, be it an EOS, is for the caller to cut off.
     Returns: for each prompt a list of `responses_per_prompt` token id lists; one that does not end in EOS is truncated.
     """
+    if responses_per_prompt > batch_size:  # the responses of a prompt in parts
+        spans = [slice(at, min(at + batch_size, responses_per_prompt)) for at in range(0, responses_per_prompt, batch_size)]
+        parts = [generate(model, tokenizer, prompts, span.stop - span.start, max_new_tokens, temperature,
+                          generator[:, span] if isinstance(generator, torch.Tensor) else generator, batch_size, look_every, stop)
+                 for span in spans]
+        return [sum(groups, []) for groups in zip(*parts)]
     device, eos, training = model.device, tokenizer.eos_token_id, model.training
     model.eval()  # gradient checkpointing, which works in train() mode only, would switch the cache off
     look_every = look_every or (1 if device.type == "cpu" else 16)
@@ -525,7 +535,7 @@ def generate(model, tokenizer, prompts, responses_per_prompt, max_new_tokens, te
                        and not getattr(model.config, "sliding_window", None))
     responses = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    prompts_per_batch = max(1, batch_size // responses_per_prompt)
+    prompts_per_batch = batch_size // responses_per_prompt
     for first in range(0, len(order), prompts_per_batch):
         batch = order[first:first + prompts_per_batch]
         width = len(prompts[batch[-1]])
@@ -868,6 +878,8 @@ def main(cfg):
             model.load_state_dict(state["models"][name])
         optimizer.load_state_dict(state["optimizer"])
         metrics, best = state["metrics"], state["best"]
+        if (out / "best.old").exists() and not (out / "best").exists():
+            os.replace(out / "best.old", out / "best")  # killed between the two renames of save_model
         print(f"resuming {out} after iteration {metrics[-1]['iteration']}", flush=True)
     else:
         (out / "rollouts").mkdir(parents=True, exist_ok=True)

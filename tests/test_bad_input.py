@@ -152,6 +152,82 @@ def test_a_bad_loss_stops_training(ppo, world):
     assert all(torch.equal(a, b) for a, b in zip(weights, policy.parameters()))  # the step was not taken
 
 
+@pytest.mark.parametrize("script, flags", [
+    ("01_sft.py", dict(model="./policy", epochs=2, batch_size=1)), ("02_reward_model.py", dict(policy="policy", max_new_tokens=4))])
+def test_a_gradient_that_is_not_finite_stops_training_before_its_step(script, flags, world, capsys, monkeypatch):
+    """The loss is fine, its gradient is nan (as cuDNN's attention made it for some lengths): no weights may be saved."""
+    module = load_script(script)
+    lines = [{**PROBLEM, "task_id": f"t/{i}"} for i in range(8)]
+    (world / "problems.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    load_model, run_tests, reached = module.load_model, getattr(module, "run_tests", None), []
+
+    def with_a_hook(model_class, *args, **kwargs):
+        model = load_model(model_class, *args, **kwargs)
+        weight = next(model.parameters())
+        if weight.requires_grad:
+            weight.register_hook(lambda gradient: reached.append(1) or gradient * float("nan"))
+        return model
+
+    def every_second_passes(problems, *args):  # a policy with random weights would give no pairs
+        return [result._replace(passed=k % 2 == 0) for k, result in enumerate(run_tests(problems, *args))]
+
+    monkeypatch.setattr(module, "load_model", with_a_hook)
+    if run_tests:
+        monkeypatch.setattr(module, "run_tests", every_second_passes)
+    with pytest.raises(SystemExit) as stop:
+        module.main(module.Config(data="problems.jsonl", out="o", threads=1, **flags))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "gradient's norm nan at step 1; lower --lr" in error and "the loss is nan" not in error
+    assert reached and not (world / "o").exists() and not (world / "o.work/state.pt").exists()
+
+
+def test_a_reward_that_is_not_finite_stops_with_the_rollouts_saved(ppo, world, capsys):
+    config = ppo.AutoConfig.from_pretrained("policy", num_labels=1)
+    config.reward_mean, config.reward_std = float("nan"), 1.0
+    ppo.AutoModelForSequenceClassification.from_config(config).save_pretrained("rm")
+    (world / "problems.jsonl").write_text("".join(json.dumps({**PROBLEM, "task_id": f"t/{i}"}) + "\n" for i in range(4)))
+    with pytest.raises(SystemExit) as stop:
+        ppo.main(ppo.Config(data="problems.jsonl", validation="problems.jsonl", policy="policy", reward_model="rm", out="o",
+                            prompts_per_iteration=2, max_new_tokens=4, iterations=2, workers=1, threads=1))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and error.count("\n") == 0 and "iteration 1: a logprob, reward or value is not a finite" in error
+    assert len((world / "o/rollouts/0001.jsonl").read_text().splitlines()) == 10 and (world / "o/best/model.safetensors").exists()
+
+
+def test_a_batch_of_nothing_is_refused(world, capsys, monkeypatch):
+    for script in ("01_sft.py", "02_reward_model.py", "04_pf_ppo.py", "05_eval.py"):
+        module = load_script(script)
+        for name in [name for name in vars(module.Config()) if name.endswith("batch_size")]:
+            refused(capsys, world, command_line(module, monkeypatch, f"--{name}", "0"), f"--{name} 0", "at least 1")
+
+
+@pytest.mark.parametrize("script, last", [("03_r2_analysis.py", "plot_r2"), ("05_eval.py", "save_config")])
+def test_a_stage_that_breaks_off_while_it_saves_can_be_run_again(script, last, world, capsys, monkeypatch):
+    module = load_script(script)
+    config = module.AutoConfig.from_pretrained("policy", num_labels=1)
+    config.reward_mean, config.reward_std = 0.0, 1.0
+    load_script("02_reward_model.py").AutoModelForSequenceClassification.from_config(config).save_pretrained("rm")
+    (world / "problems.jsonl").write_text("".join(json.dumps({**PROBLEM, "task_id": f"t/{i}"}) + "\n" for i in range(6)))
+    cfg = {"03_r2_analysis.py": dict(policies=["policy"], data="problems.jsonl", reward_model="rm", repeats=1, bins=2),
+           "05_eval.py": dict(policies=["policy"], problems=["problems.jsonl"], samples=0)}[script]
+    cfg = module.Config(**cfg, out="o", max_new_tokens=4, workers=1, threads=1)
+    run_tests = module.run_tests  # random programs all fail, and R2 of that is undefined
+    monkeypatch.setattr(module, "run_tests", lambda *args: [r._replace(passed=k % 2 == 0) for k, r in enumerate(run_tests(*args))])
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, last, full)
+        with pytest.raises(OSError):
+            module.main(cfg)
+    assert not (world / "o").exists()
+    module.main(cfg)
+    assert (world / "o/stage_config.json").exists() and not (world / "o.tmp").exists()
+    module.main(cfg)
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_write_jsonl_is_whole_or_not_at_all(sft, tmp_path):
     path = tmp_path / "x.jsonl"
     sft.write_jsonl(path, [{"a": "ü"}])

@@ -126,6 +126,55 @@ def test_generation_repeats_with_the_seed_and_sharing_a_batch_changes_no_greedy_
     assert greedy(1) == greedy(6)
 
 
+def shapes_of(model):
+    """A list that fills with (rows, columns) of the token ids of every forward pass."""
+    shapes = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    return shapes
+
+
+def test_a_prompt_is_computed_once_beside_others_of_its_length_and_finished_rows_leave(ppo, model_folder):
+    """What makes `generate` fast, counted in tokens that pass through the model."""
+    policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE).eval()
+    shapes = shapes_of(policy)
+    policy.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits + likely_eos)
+    likely_eos = 4 * torch.nn.functional.one_hot(torch.tensor(Tokens.eos_token_id), 50)
+    prompts = [[5] * length for length in (3, 20, 4, 21, 5, 19)]  # in this order a batch of two would be as long as the longer
+    groups = ppo.generate(policy, Tokens, prompts, 10, 15, 1.5, torch.Generator().manual_seed(0), batch_size=20)
+    assert [shape for shape in shapes if shape[1] > 1] == [(2, 4), (2, 19), (2, 21)]  # two prompts for twenty responses
+    decoded, needed = sum(rows for rows, columns in shapes if columns == 1), sum(len(ids) - 1 for group in groups for ids in group)
+    assert needed <= decoded <= needed / 0.8 + 3  # up to a fifth of the rows of a batch may have finished
+
+
+def test_a_batch_smaller_than_the_responses_of_a_prompt_is_heeded(ppo, model_folder):
+    policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE).eval()
+    shapes, (prompts, _) = shapes_of(policy), rows(3)
+    uniform = torch.rand(3, 7, 8, generator=torch.Generator().manual_seed(0))  # a random number for each token
+    together = ppo.generate(policy, Tokens, prompts, 7, 8, 1.0, uniform, batch_size=64)
+    assert max(shapes)[0] == 21
+    shapes.clear()
+    assert ppo.generate(policy, Tokens, prompts, 7, 8, 1.0, uniform, batch_size=3) == together
+    assert max(shapes)[0] == 3
+    sampled = ppo.generate(policy, Tokens, prompts, 7, 8, 1.0, torch.Generator().manual_seed(0), batch_size=3)
+    assert [len(group) for group in sampled] == [7, 7, 7] and len(set(map(str, sampled[0]))) > 1
+
+
+def test_rows_of_a_length_pass_together(ppo, model_folder):
+    """Micro-batches of short rows are short: padding is what length grouping saves."""
+    policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE)
+    lengths = [2, 30, 3, 29, 2, 30, 3, 29]
+    batch = ppo.make_batch([[5]] * 8, [[6] * length for length in lengths], 0)
+    batch["old_logprobs"], shapes = torch.zeros(8, 30), shapes_of(policy)
+    logprobs = lambda mb: logprobs_of(ppo, policy, mb)  # noqa: E731
+    ppo.forward_rows(logprobs, batch, torch.arange(8), 2, DEVICE)
+    assert sorted(shapes) == [(2, 3), (2, 4), (2, 30), (2, 31)]
+    shapes.clear()
+    cfg = ppo.Config(minibatch_size=8, micro_batch_size=2)
+    loss = lambda mb: (logprobs(mb).mean(), {})  # noqa: E731
+    ppo.train_epoch(policy, torch.optim.SGD(policy.parameters()), loss, batch, torch.arange(8), cfg, torch.Generator(), DEVICE)
+    assert sorted(shapes) == [(2, 3), (2, 4), (2, 30), (2, 31)]
+
+
 def training_batch(ppo, policy):
     prompts, responses = rows(8, seed=3)
     batch = ppo.make_batch(prompts, responses, 0)

@@ -243,12 +243,23 @@ def test_a_policy_that_falls_apart_stops_with_its_rollouts_saved(stages):
     flags = [*PPO_FLAGS, "--out", "out/broken_ppo", "--lr", 0.3, "--max_kl", 5]
     lines = stages.run("04_pf_ppo.py", *flags, status=2).splitlines()
     assert re.match(r"04_pf_ppo.py: error: iteration (\d+): KL from the reference is \d+ nats per response, above --max_kl 5; "
-                    "its rollouts are in out/broken_ppo/rollouts, the best policy before in out/broken_ppo/best. Lower --lr", lines[-1])
+                    "its rollouts are in out/broken_ppo/rollouts, the best policy before in out/broken_ppo/best. Start in another "
+                    "--out with a lower --lr", lines[-1])
     last = without_seconds(out / "metrics.jsonl")[-1]["iteration"]
     assert f"iteration {last + 1}:" in lines[-1] and not any(line.startswith("Traceback") for line in lines)
     rollouts = (out / f"rollouts/{last + 1:04d}.jsonl").read_text().splitlines()
     assert len(rollouts) == 30 and not (out / f"rollouts/{last + 2:04d}.jsonl").exists()
     assert (out / "best/model.safetensors").exists() and not (out / "stage_config.json").exists()
+
+
+def test_killed_between_the_two_renames_of_the_best_policy(stages, unbroken_ppo):
+    """`best` has its old name and the new one is not there yet: --resume puts it back."""
+    weights = (unbroken_ppo / "best/model.safetensors").read_bytes()
+    (unbroken_ppo / "stage_config.json").unlink()
+    (unbroken_ppo / "best").rename(unbroken_ppo / "best.old")
+    stages.run("04_pf_ppo.py", "--out", "out/unbroken_ppo", *PPO_FLAGS, "--resume")
+    assert (unbroken_ppo / "best/model.safetensors").read_bytes() == weights and not (unbroken_ppo / "best.old").exists()
+    assert (unbroken_ppo / "stage_config.json").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- too little memory

@@ -51,6 +51,40 @@ def test_all_pairs_counts_a_text_once(rm):
     assert rm.all_pairs(["a", "b", "a", "c"], [True, False, True, False]) == [(0, 1), (0, 3)]
 
 
+def test_parts_that_are_tested_while_the_next_is_sampled_change_nothing(rm):
+    """As on a GPU: every response with its own verdict, in order of prompt, whatever the size of the parts."""
+    from test_models import DEVICE, Tokens
+    from conftest import tiny_config
+
+    torch.manual_seed(0)
+    policy = rm.AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+
+    class Digits(Tokens):  # its text is a program that passes some tests
+        def __call__(self, text, add_special_tokens):
+            return type("Encoding", (), {"input_ids": []})
+
+        def decode(self, ids, **options):
+            return f"x = {sum(ids)}\n"
+
+    rng = random.Random(0)
+    problems = [{"task_id": str(p), "tests": [f"assert x % 3 == {p % 3}"], "setup": "", "prefix": "", "entry_point": "x"}
+                for p in range(11)]
+    prompts = [[rng.randrange(2, 50) for _ in range(rng.randrange(2, 9))] for _ in problems]
+    cfg = rm.Config(workers=1)
+    drawn = {}
+    for size in (4, 8, len(problems)):  # batches of two prompts
+        generator = torch.Generator(DEVICE).manual_seed(3)
+        sample = lambda some: rm.generate(policy, Tokens, some, 3, 6, 1.0, generator, 6)  # noqa: B023, E731
+        drawn[size] = [(*row, result._replace(seconds=0.0)) for *row, result in
+                       rm.sample_and_test(problems, prompts, Digits(), size, sample, cfg)]
+    assert drawn[4] == drawn[8] == drawn[len(problems)]
+    assert [problem["task_id"] for problem, _, _, _ in drawn[4]] == [str(p) for p in range(11) for _ in range(3)]
+    for problem, ids, text, result in drawn[4]:
+        ids = ids[:-1] if ids[-1] == 1 else ids
+        assert text == f"x = {sum(ids)}\n" and result.passed == (sum(ids) % 3 == int(problem["task_id"]) % 3)
+    assert len({result.passed for _, _, _, result in drawn[4]}) == 2
+
+
 def test_interval_over_prompts_is_wider_than_over_pairs(rm):
     """Ten pairs of a prompt that all agree are one observation, not ten."""
     rng = np.random.default_rng(0)
