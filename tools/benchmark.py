@@ -22,6 +22,7 @@ import gc
 import importlib.util
 import math
 import multiprocessing
+import os
 import random
 import re
 import statistics
@@ -31,7 +32,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in runs/one_gpu.sh
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN = {"model_type": "qwen2", "vocab_size": 151936, "num_key_value_heads": 2, "max_position_embeddings": 32768,
@@ -50,7 +52,9 @@ SHAPES = {  # config.json of the model of that name, as far as shapes go
     # For a CPU: the vocabulary of Qwen2.5 on four narrow blocks, 42 million parameters.
     "qwen2.5-narrow": {**QWEN, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
 }
-TERAFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71}  # bf16, dense, data sheets
+# bf16, dense, from the data sheets; the first name that is in the card's
+TERAFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "A100": 312, "L40S": 362, "L40": 181,
+             "L4": 121, "4090": 165, "3090": 71}
 TOKENS = SimpleNamespace(pad_token_id=0, eos_token_id=1)  # what `generate` asks a tokenizer for
 
 
@@ -112,8 +116,8 @@ def sampler(ppo, policy, prompts, args, device):
 
 
 def prepare_generate(ppo, args, shape, device, plain):
-    """-> a function of the repeat's number that returns (tokens, FLOPs)."""
-    policy = random_model(ppo, ppo.AutoModelForCausalLM, shape, device, plain, args.lora_rank > 0).eval()
+    """-> a function of the repeat's number that returns (tokens, FLOPs). Both ways have the same model: samplers are compared."""
+    policy = random_model(ppo, ppo.AutoModelForCausalLM, shape, device, False, args.lora_rank > 0).eval()
     likely = math.log(policy.config.vocab_size / 199)  # added to EOS's logit: one token in 200
 
     def raise_eos(module, inputs, logits):
@@ -128,7 +132,8 @@ def prepare_generate(ppo, args, shape, device, plain):
 
     def run(seed):
         tokens = function(seed)
-        return tokens, flops(policy.config, tokens, args.prompt_tokens + 200, tokens)
+        work = sum(flops(policy.config, len(ids), len(ids), 1) for ids in prompts)  # once a prompt: that is what is needed
+        return tokens, work + flops(policy.config, tokens, 2 * args.prompt_tokens, tokens)  # attention to a prompt and more
 
     return run
 
@@ -277,9 +282,7 @@ def compare(name, args, device):
         while args.batch_size * (args.prompt_tokens + args.max_new_tokens) * cache * 2 > 0.5 * memory:  # plain copies its cache
             args.batch_size //= 2
         args.prompts = min(args.prompts, args.batch_size // args.responses_per_prompt)
-        width, blocks = shape["hidden_size"], shape["num_hidden_layers"]
-        parameters = blocks * width * (2 * width + 3 * shape["intermediate_size"]) + width * shape["vocab_size"]
-        if 2 * (16 + 2) * parameters > memory and not args.lora_rank:  # weights, gradient, AdamW; reference and RM
+        if not args.lora_rank and planned_peak(name, args) > 0.95 * memory:
             args.lora_rank, args.gradient_checkpointing = 16, True
     print(f"\n{name}, random weights, {where}; generate {args.prompts * args.responses_per_prompt} responses, "
           f"{args.batch_size} rows at once; train {args.minibatch_size} rows of {args.prompt_tokens} + {args.max_new_tokens} "
