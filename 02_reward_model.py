@@ -52,8 +52,8 @@ import torch.nn.functional as F
 import transformers
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Cache,
-                          DynamicLayer, get_cosine_schedule_with_warmup)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoModelForTokenClassification, AutoTokenizer, Cache, DynamicLayer, get_cosine_schedule_with_warmup)
 from transformers.pytorch_utils import Conv1D
 
 import sandbox
@@ -385,6 +385,8 @@ def load_model(model_class, path, device, tokens=0, dtype=torch.float32, frozen=
         config.classifier_dropout = 0.0  # where it is not set, the token classification head would take 0.1
         model = model_class.from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
+        if "Unrecognized configuration class" in str(error):
+            fail(f"transformers has no {model_class.__name__} of the architecture of {path}, {config.model_type}; take another model")
         fail(f"no model at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
     rows = model.get_input_embeddings().num_embeddings
     if rows < tokens:
@@ -420,6 +422,9 @@ def add_adapters(model, rank, dtype, seed):
     lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
                            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))
     peft.inject_adapter_in_model(lora, model.base_model)  # the blocks, without the head
+    adapted = [module.get_base_layer() for module in model.modules() if hasattr(module, "get_delta_weight")]
+    if not all(isinstance(layer, (torch.nn.Linear, Conv1D)) for layer in adapted):  # experts, say: no matrix to merge into
+        fail(f"--lora_rank cannot be merged into all layers of {model.config.model_type}; train all weights, or take another model")
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft gives adapters the type of W, and in bf16 small steps would round away
             parameter.data = parameter.data.to(dtype)
@@ -503,7 +508,8 @@ def encode_prompt(tokenizer, prompt):
     """
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        # Llama 3 would write today's date into each prompt: the reward model of today would see others tomorrow.
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024")
     ids = tokenizer(prompt).input_ids
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
@@ -906,6 +912,20 @@ def shared_save(model, tokenizer, directory):
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
+def check_architecture(path):
+    """transformers has no reward model, or no critic, of some architectures: said before the samples are paid for."""
+    config = AutoConfig.from_pretrained(path)
+    for model_class in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        try:
+            with torch.device("meta"):  # no memory
+                model_class.from_config(config)
+        except ValueError:
+            missing = f"transformers has no {model_class.__name__} of the architecture of {path}, {config.model_type}"
+            if model_class is AutoModelForSequenceClassification:
+                fail(f"{missing}, which a reward model is; take another model")
+            print(f"warning: {missing}: stage 4 will have no critic, and needs --advantage rloo or grpo", flush=True)
+
+
 def sample_and_test(problems, prompt_ids, tokenizer, part_size, sample, cfg):
     """Responses to all prompts with their verdicts; the programs of a part are tested while the next part is sampled.
 
@@ -947,6 +967,7 @@ def main(cfg):
     join_processes(device, cfg)
     home = torch.device("cpu") if cfg.shard else device  # a sharded model goes to the GPU block by block
     tokenizer = load_tokenizer(cfg.policy)
+    check_architecture(cfg.policy)
     prompt_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
 
     # ---- sample responses of the SFT policy, run the tests

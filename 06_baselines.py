@@ -411,6 +411,8 @@ def load_model(model_class, path, device, tokens=0, dtype=torch.float32, frozen=
         config.classifier_dropout = 0.0  # where it is not set, the token classification head would take 0.1
         model = model_class.from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
+        if "Unrecognized configuration class" in str(error):
+            fail(f"transformers has no {model_class.__name__} of the architecture of {path}, {config.model_type}; take another model")
         fail(f"no model at {path}; run the stage that writes it first ({str(error).splitlines()[0]})")
     rows = model.get_input_embeddings().num_embeddings
     if rows < tokens:
@@ -463,7 +465,8 @@ def encode_prompt(tokenizer, prompt):
     """
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        # Llama 3 would write today's date into each prompt: the reward model of today would see others tomorrow.
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024")
     ids = tokenizer(prompt).input_ids
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 

@@ -50,6 +50,7 @@ def test_the_plan_counts_what_is_there(ppo, planned):
     planned_weights = {name: role["weights"] for name, role in plan["roles"].items()}
     assert ("reference" in planned_weights) == (cfg.lora_rank == 0)
     assert sum(planned_weights.values()) - planned_weights.pop("reference", 0) == weights
+    held, training = weights + plan["roles"].get("reference", {"weights": 0})["weights"], {}
     for role in ("policy", "critic"):
         model, row = models[role], plan["roles"][role]
         if role == "policy":
@@ -66,6 +67,45 @@ def test_the_plan_counts_what_is_there(ppo, planned):
         states = [t for state in optimizer.state.values() for t in state.values()]
         assert row["optimiser"] == sum(t.numel() * t.element_size() for t in states)
         assert row["learned"] == sum(p.numel() for p in learned)
+        held += row["optimiser"]
+        logits = 4 * 4 * cfg.micro_batch_size * cfg.max_new_tokens * 50 if role == "policy" else 0  # four float32 of each
+        assert plan["parts"][f"train {role}: logits"] == logits
+        training[role] = row["gradients"] + plan["parts"][f"train {role}: activations"] + logits
+    for role, size in training.items():  # the peaks: what is always there, and what this phase adds
+        assert plan["phases"][f"train {role}"] == held + size
+    cache = 2 * config_numbers(models["policy"].config) * 4 * length * cfg.prompts_per_iteration * cfg.responses_per_prompt
+    assert plan["parts"]["KV cache"] == cache
+    assert held + cache < plan["phases"]["generate"] < held + cache + 2**20 and plan["phases"]["score"] > held
+
+
+def config_numbers(config):
+    """Numbers that a layer's keys have for a token, times the layers."""
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    return config.num_hidden_layers * heads * config.hidden_size // config.num_attention_heads
+
+
+def test_the_plan_of_a_gpu(ppo, planned):
+    """With --card_gb: frozen matrices, the cache and the copies for autocast in bf16; with checkpointing fewer activations; one
+    response a prompt means more prompts at once."""
+    cfg, cpu, models = planned
+    gpu = PLAN.memory_plan(ppo, ppo.dataclasses.replace(cfg, card_gb=1.0))
+    assert gpu["parts"]["KV cache"] * 2 == cpu["parts"]["KV cache"]
+    frozen = "policy" if cfg.lora_rank else "reference"
+    matrices = sum(2 * m.weight.numel() for m in models["policy"].modules() if isinstance(m, (torch.nn.Linear, ppo.Conv1D))
+                   and getattr(m, "weight", None) is not None and m.weight.shape[0] != 50 and min(m.weight.shape) > 4)
+    saved = cpu["roles"][frozen]["weights"] - gpu["roles"][frozen]["weights"]
+    assert saved == pytest.approx(matrices, rel=0.1)
+    assert gpu["roles"]["critic"]["optimiser"] == cpu["roles"]["critic"]["optimiser"]  # what learns stays float32
+    assert cfg.lora_rank or gpu["parts"]["bf16 copies"] >= matrices
+    less = PLAN.memory_plan(ppo, ppo.dataclasses.replace(cfg, gradient_checkpointing=True))
+    name = "train policy: activations"
+    length = cfg.prompt_tokens + cfg.max_new_tokens
+    block = PLAN.activation_bytes(PLAN.empty_models(ppo, cfg, False, layers=1)["policy"], cfg.micro_batch_size, length, False)
+    inputs = 4 * 2 * cfg.micro_batch_size * length * 32  # of two layers of width 32
+    assert less["parts"][name] == block + inputs < cpu["parts"][name]
+    single = PLAN.memory_plan(ppo, ppo.dataclasses.replace(cfg, strategy="single"))
+    assert single["parts"]["KV cache"] == cpu["parts"]["KV cache"]
+    assert single["parts"]["prefill"] == pytest.approx(cfg.responses_per_prompt * cpu["parts"]["prefill"], rel=0.01)
 
 
 def test_the_plan_counts_the_cache(ppo, planned):

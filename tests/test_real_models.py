@@ -6,13 +6,14 @@ Tests of LoRA are left out where peft is missing (runs/test.sh installs it).
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script, tiny_config
+from conftest import ROOT, run_script, tiny_config
 from test_models import DEVICE, Tokens, logprobs_of, rows, training_batch
 from test_pipeline import read, without_seconds
 
@@ -48,8 +49,14 @@ def saved_bytes(function, model):
 # ------------------------------------------------------------------------------------------------------------- --dtype
 
 
-def test_pure_bf16_weights_do_not_move_at_the_papers_learning_rate(ppo, model_folder):
-    """The step of --dtype bfloat16 at lr 5e-7, as stage 4 makes it: float32 weights move, bf16 ones stay to the last bit."""
+class Saved:
+    """A tokenizer that has nothing to save."""
+
+    save_pretrained = staticmethod(lambda folder: None)
+
+
+def test_pure_bf16_weights_do_not_move_at_the_papers_learning_rate(ppo, model_folder, tmp_path):
+    """A step at lr 5e-7, made and saved as stage 4 does: float32 weights move, those of --dtype bfloat16 stay to the last bit."""
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):
         policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE, dtype=dtype)
@@ -57,7 +64,10 @@ def test_pure_bf16_weights_do_not_move_at_the_papers_learning_rate(ppo, model_fo
         batch = training_batch(ppo, policy)
         before = [p.detach().clone() for p in policy.parameters()]
         policy_step(ppo, policy, torch.optim.AdamW(policy.parameters(), lr=5e-7, weight_decay=0.0), batch)
-        large = [(a, b) for a, b in zip(before, policy.parameters())]
+        ppo.shared_save(policy, Saved, tmp_path / str(dtype))
+        saved = ppo.load_model(ppo.AutoModelForCausalLM, tmp_path / str(dtype), DEVICE)
+        assert all(torch.equal(a.float(), b) for a, b in zip(policy.parameters(), saved.parameters()))
+        large = [(a, b) for a, b in zip(before, saved.parameters())]
         changed = sum(((a != b) & (a.abs() > 1e-3)).sum().item() for a, b in large)
         moved[dtype] = changed / sum((a.abs() > 1e-3).sum().item() for a, _ in large)
     assert moved[torch.float32] > 0.5 and moved[torch.bfloat16] == 0.0
@@ -94,6 +104,19 @@ def test_frozen_in_bf16_gives_what_autocast_gives_the_float32_model(ppo, model_f
     plain = reference.to(torch.bfloat16)  # what it is not: the residual stream rounded, too
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert (logprobs_of(ppo, policy, batch) - logprobs_of(ppo, plain, batch)).abs().max() > 1e-2
+
+
+def test_on_a_gpu_products_are_bf16_and_frozen_models_half_as_large(ppo, model_folder, monkeypatch):
+    """What the flags of a GPU choose, as far as it shows without one: the model stays where it is."""
+    monkeypatch.setattr(ppo.transformers.PreTrainedModel, "to", lambda model, *args, **options: model)
+    gpu = torch.device("cuda")
+    kinds = {frozen: {m.weight.dtype for m in ppo.load_model(ppo.AutoModelForCausalLM, model_folder, gpu, frozen=frozen).modules()
+                      if isinstance(m, (torch.nn.Linear, ppo.Conv1D)) and m.weight.shape[0] != 50} for frozen in (True, False)}
+    assert kinds == {True: {torch.bfloat16}, False: {torch.float32}}
+    with pytest.warns(UserWarning) if not torch.cuda.is_available() else nullcontext():
+        context = ppo.autocast(gpu)
+    assert isinstance(context, torch.autocast) and context.device == "cuda" and context.fast_dtype == torch.bfloat16
+    assert isinstance(ppo.autocast(DEVICE), nullcontext)
 
 
 def test_rewards_and_values_are_float32_under_autocast(ppo, model_folder):
@@ -275,12 +298,6 @@ def test_lora_starts_at_ratio_one_and_kl_zero_and_leaves_the_reference_alone(ppo
     assert torch.equal(logprobs_of(ppo, lora_policy, batch).detach(), after)  # saving has not changed the policy
 
 
-class Saved:
-    """A tokenizer that has nothing to save."""
-
-    save_pretrained = staticmethod(lambda folder: None)
-
-
 @needs_peft
 def test_lora_merged_into_a_bf16_model_is_saved_in_float32(ppo, model_folder, tmp_path):
     """As on a GPU, where the frozen matrices are bf16: a small update is not rounded away in the saved folder."""
@@ -324,6 +341,8 @@ def test_the_lora_critic_learns_on_the_reward_models_blocks_and_leaves_its_score
     losses = [ppo.train_epoch(critic, optimizer, loss_of, batch, torch.arange(8), cfg, torch.Generator().manual_seed(0),
                               DEVICE)["loss"] for _ in range(8)]
     assert losses[-1] < 0.5 * losses[0]
+    head = critic.score if hasattr(critic, "score") else critic.classifier
+    assert not torch.allclose(head.weight, reward_model.score.weight / 0.5)  # the head learns, too
     with ppo.adapters_off(reward_model):
         assert torch.equal(ppo.score_responses(reward_model, sequences, 0, 4), scores)
     assert not torch.equal(ppo.score_responses(reward_model, sequences, 0, 4), scores)  # the adapters would have changed them
@@ -392,6 +411,99 @@ def test_lora_in_every_stage_and_resumed(pipeline, ppo, sft, rm, monkeypatch):
     assert without_seconds(read(folder / "out/lora_stopped/metrics.jsonl")) == without_seconds(metrics)
     a, b = ((folder / f"out/{run}/last/model.safetensors").read_bytes() for run in ("lora_ppo", "lora_stopped"))
     assert a == b
+
+
+@needs_peft
+def test_with_lora_two_backbones_serve_four_roles_and_the_critic_does_not_change_rewards(pipeline, ppo, monkeypatch):
+    monkeypatch.chdir(pipeline["folder"])
+    cfg = ppo.Config(strategy="bw", iterations=2, prompts_per_iteration=8, minibatch_size=8, eval_every=2, threads=1,
+                     critic_warmup=2, lora_rank=4)
+    models, reference, reward_model = ppo.load_models(cfg, ppo.load_tokenizer("out/sft"), DEVICE)
+    assert reference is models["policy"]
+    large = {id(p): p.numel() for model in (*models.values(), reference, reward_model) for p in model.parameters() if not p.requires_grad}
+    one = sum(p.numel() for p in ppo.load_model(ppo.AutoModelForCausalLM, "out/sft", DEVICE).parameters())
+    assert sum(large.values()) == pytest.approx(2 * one, rel=0.01)
+    scores = []
+    for critic_lr in (0.0, 0.1):  # the policy waits for two iterations: its responses are the same in both runs
+        out = f"out/lora_critic_{critic_lr}"
+        shutil.rmtree(out, ignore_errors=True)
+        ppo.main(ppo.dataclasses.replace(cfg, out=out, critic_lr=critic_lr))
+        scores.append([record["rm_score"] for record in read(pipeline["folder"] / out / "rollouts/0002.jsonl")])
+        losses = [line["critic_loss"] for line in read(pipeline["folder"] / out / "metrics.jsonl")[1:]]
+    assert losses[1] > 2 * losses[0]  # at this rate the critic has changed a lot
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_gradient_checkpointing_reaches_the_model_that_learns(request, stage, pipeline, ppo, monkeypatch):
+    module = request.getfixturevalue(stage)
+    monkeypatch.chdir(pipeline["folder"])
+    shutil.rmtree("out/recomputed", ignore_errors=True)
+    load_model, seen = module.load_model, []
+
+    def with_a_hook(*args, **options):
+        model = load_model(*args, **options)
+        if next(model.parameters()).requires_grad:
+            model.register_forward_hook(lambda model, *_: seen.append(model.is_activation_checkpointing) if model.training else None)
+        return model
+
+    monkeypatch.setattr(module, "load_model", with_a_hook)
+    flags = {"sft": dict(model="out/sft", epochs=0.1), "rm": dict(epochs=1),
+             "ppo": dict(iterations=1, prompts_per_iteration=4, critic_warmup=0)}[stage]
+    module.main(module.Config(**flags, out="out/recomputed", threads=1, gradient_checkpointing=True))
+    assert seen and all(seen)
+
+
+def test_gradient_checkpointing_keeps_less(ppo, model_folder):
+    kept = []
+    for checkpointing in (False, True):
+        policy = ppo.load_model(ppo.AutoModelForCausalLM, model_folder, DEVICE).train()
+        if checkpointing:
+            policy.activation_checkpointing_enable()
+        batch = ppo.make_batch([[5] * 8] * 8, [[6] * 30] * 8, 0)
+        kept.append(saved_bytes(lambda: policy.base_model(input_ids=ppo.model_inputs(batch)[0]).last_hidden_state, policy)[0])  # noqa: B023
+    assert kept[1] < 0.3 * kept[0]
+
+
+@needs_peft
+def test_adapters_that_cannot_be_merged_are_refused_before_training(ppo, capsys):
+    """The experts of Mixtral are one tensor, not a layer: merged under plain names they would be lost."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                             num_key_value_heads=2, intermediate_size=32, num_local_experts=2))
+    with pytest.raises(SystemExit) as stopped:
+        ppo.add_adapters(model, 4, torch.float32, 0)
+    assert stopped.value.code == 2 and "cannot be merged into all layers of mixtral" in capsys.readouterr().err
+
+
+def test_an_architecture_without_a_reward_model_or_a_critic_is_named_before_the_samples(rm, ppo, tmp_path, capsys):
+    from transformers import Gemma3TextConfig, GraniteConfig
+
+    small = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16)
+    for config, word in ((GraniteConfig(**small), "SequenceClassification"), (Gemma3TextConfig(**small, head_dim=8), "TokenClassification")):
+        config.save_pretrained(tmp_path / "model")
+        if word == "SequenceClassification":
+            with pytest.raises(SystemExit) as stopped:
+                rm.check_architecture(tmp_path / "model")
+            assert stopped.value.code == 2
+        else:
+            rm.check_architecture(tmp_path / "model")
+        printed = capsys.readouterr()
+        assert f"no AutoModelFor{word} of the architecture of {tmp_path / 'model'}" in printed.out + printed.err
+        with pytest.raises(SystemExit):
+            ppo.load_model(getattr(ppo, f"AutoModelFor{word}"), tmp_path / "model", DEVICE, num_labels=1)
+        assert f"no AutoModelFor{word}" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            ppo.main(ppo.Config(plan=True, policy=str(tmp_path / "model"), reward_model=str(tmp_path / "model")))
+        assert f"no AutoModelFor{word}" in capsys.readouterr().err
+
+
+def test_no_stage_imports_peft_without_lora():
+    code = "import runpy, sys; sys.modules['peft'] = None; [runpy.run_path(path) for path in sys.argv[1:]]"
+    scripts = [str(ROOT / name) for name in ("01_sft.py", "02_reward_model.py", "04_pf_ppo.py")]
+    done = subprocess.run([sys.executable, "-c", code, *scripts], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 def test_lora_without_peft_says_what_to_install(pipeline, ppo, monkeypatch, capsys):

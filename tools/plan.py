@@ -66,7 +66,10 @@ def empty_models(stage, cfg, gpu, layers=None):
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:layers]
         config.reward_mean, config.reward_std = 0.0, 1.0  # an RM yet to be trained has none
-        model = model_class.from_config(config, dtype=getattr(torch, cfg.dtype))
+        try:
+            model = model_class.from_config(config, dtype=getattr(torch, cfg.dtype))
+        except ValueError:
+            stage.fail(f"transformers has no {model_class.__name__} of the architecture of {path}, {config.model_type}")
         return stage.freeze(model, gpu) if frozen else model
 
     with torch.device("meta"):
@@ -86,7 +89,7 @@ def memory_plan(stage, cfg):
     """Peak memory of each phase, bytes -> {"roles": {role: {...}}, "phases": {phase: bytes}, "parts": {part: bytes}}.
 
     Weights, gradients and optimiser states are exact; activations are those of full-length rows; what is short-lived
-    (logits, masks, the passes without gradients) is an estimate.
+    (logits, masks, the passes without gradients) is an estimate. Of one process, and --shard is not in it.
     """
     gpu = cfg.card_gb > 0 or torch.cuda.is_available()
     models = empty_models(stage, cfg, gpu)
@@ -97,7 +100,8 @@ def memory_plan(stage, cfg):
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     size = 2 if gpu or cfg.dtype == "bfloat16" else 4  # bytes of a number in a matrix product
     length = cfg.prompt_tokens + cfg.max_new_tokens
-    rollouts = cfg.prompts_per_iteration * cfg.responses_per_prompt
+    prompts, per_prompt = stage.rollout_shape(cfg)
+    rollouts = prompts * per_prompt
     rows = {"generate": min(cfg.generate_batch_size, rollouts), "score": min(cfg.score_batch_size, rollouts),
             "train": min(cfg.micro_batch_size, cfg.minibatch_size)}
 
@@ -126,8 +130,7 @@ def memory_plan(stage, cfg):
         """A block's largest tensors, and the mask of padded batches: bool and its float form."""
         return count * tokens * (3 * inner + 4 * width) * size + 3 * count * tokens**2
 
-    prompts = max(1, rows["generate"] // cfg.responses_per_prompt)
-    parts["prefill"] = without_gradients(prompts, cfg.prompt_tokens)
+    parts["prefill"] = without_gradients(max(1, rows["generate"] // per_prompt), cfg.prompt_tokens)
     phases = {"generate": held + sum(parts.values()),
               "score": held + copies + without_gradients(rows["score"], length) + logits(rows["score"])}
     for role in (r for r in ("critic", "policy") if r in models):
