@@ -295,3 +295,24 @@ def test_master_weights_are_float32_so_that_a_step_at_the_papers_lr_is_saved(ppo
         after = [p for p in saved.parameters() if p.dim() == 2]
         moved[dtype] = sum((a != b).sum().item() for a, b in zip(before, after)) / sum(a.numel() for a in after)
     assert moved[torch.float32] > 0.5 > 0.05 > moved[torch.bfloat16]
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("qwen3", {"head_dim": 16}), ("gemma2", {"head_dim": 16, "sliding_window": 6}), ("mistral", {"sliding_window": 6}), ("phi3", {}),
+    ("starcoder2", {}), ("gpt_neox", {}), ("stablelm", {}), ("bloom", {}), ("gpt_neo", {"attention_types": [[["global", "local"], 1]]})],
+    ids=lambda value: value if isinstance(value, str) else "")
+def test_other_architectures(ppo, kind, options, tmp_path):
+    """Those that README names: padding, scores, values and greedy sampling as on the three that all tests are run on."""
+    config = ppo.AutoConfig.for_model(
+        kind, vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+        max_position_embeddings=64, bos_token_id=None, eos_token_id=1, pad_token_id=0, **options)
+    torch.manual_seed(0)
+    model = ppo.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+    model.save_pretrained(tmp_path / "model")
+    test_a_row_alone_has_the_same_logprobs_as_in_a_padded_batch(ppo, tmp_path / "model")
+    test_a_row_alone_has_the_same_values_and_scores_as_in_a_padded_batch(ppo, tmp_path / "model")
+    test_greedy_generation_is_that_of_transformers(ppo, tmp_path / "model")
