@@ -14,7 +14,7 @@ import tables  # noqa: E402
 
 
 def record(method, seed, last, best=None, group="main", rows=2400):
-    test = {"best": {"greedy": best or last, "sampled": 0.4}, "last": {"greedy": last, "sampled": 0.3},
+    test = {"best": {"greedy": best or last, "sampled": 0.4}, "last": {"greedy": last, "sampled": 1 - last},
             "equal": {"greedy": last - 0.1, "sampled": 0.2}}
     lines = [{"iteration": i, "rm_score": 0.1 * i, "pass_rate": 0.3, "kl_per_response": 0.1 * i, "kept": 96, "seen": 240}
              for i in (1, 2)]
@@ -41,8 +41,8 @@ def test_differences_are_paired_by_seed():
 def test_table_2_has_a_row_a_method():
     lines = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in tables.table_2(RECORDS).splitlines()}
     assert list(lines)[2:] == ["`none`", "`random2`", "`bw`"]
-    assert lines["`bw`"] == ["2", "82.0 ± 25.4", "82.0 ± 25.4", "30.0 ± 0.0", "2,400", "72.0 ± 25.4", "+3.0 ± 12.7", "+1.0 ± 25.4",
-                             "82.4 / 76.2 / 30.4"]
+    assert lines["`bw`"] == ["2", "82.0 ± 25.4", "82.0 ± 25.4", "18.0 ± 25.4", "2,400", "72.0 ± 25.4", "+3.0 ± 12.7", "+1.0 ± 25.4",
+                             "-3.0 ± 12.7", "-1.0 ± 25.4", "82.4 / 76.2 / 30.4"]
 
 
 def test_table_3_ranks_the_strategies():
@@ -52,9 +52,10 @@ def test_table_3_ranks_the_strategies():
     records = [record(s, seed, 0.6 + 0.05 * k + 0.001 * seed) for k, s in enumerate(strategies) for seed in range(3)]
     records.append(record("bon", 3, 0.99))  # a seed that the others lack: its score is in the table, not in the correlation
     text = tables.table_3(records + [{"group": "r2", "method": "none", "seed": seed, "r2": {"sft": r2}} for seed in range(4)])
-    assert "pooled R² and final greedy pass@1 over all 4 strategies, seeds 0, 1, 2, which all of them have: +1.00, 95%" in text
-    assert "high rewards only, 3 strategies, seeds 0, 1, 2, which all of them have: +1.00" in text
-    assert "R² within prompts and final greedy pass@1 over all 4 strategies, seeds 0, 1, 2, which all of them have: -1.00" in text
+    assert "seeds 0, 1, 2, which all strategies have" in text  # and sampled pass@1 falls where the greedy one rises
+    assert "| 4, all | greedy | +1.00 (+1.00 to +1.00) | -1.00 (-1.00 to -1.00) |" in text
+    assert "| 4, all | sampled | -1.00 (-1.00 to -1.00) | +1.00 (+1.00 to +1.00) |" in text
+    assert "| 3, without BoN and `top`, which keep high rewards only | greedy | +1.00 (+1.00 to +1.00) |" in text
 
 
 def test_r2_predicts_within_a_profile():

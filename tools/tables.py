@@ -29,6 +29,7 @@ import scipy.stats
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, WORK = Path("results"), Path("out/tables")  # in the folder where data/ and out/ are
+NAMES = {"none": "PPO-M", "bw": "BW", "br": "BR", "bon": "BoN"}  # in figures
 FILTERS = ["none", "random2", "bw", "br", "bon", "single", "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3"]
 MEASURING = ["auto", "learned"]
 CRITIC_FREE = {"rloo": ("none", "rloo"), "rloo_bw": ("bw", "rloo"), "grpo": ("none", "grpo"), "grpo_bw": ("bw", "grpo")}
@@ -201,6 +202,7 @@ def one(run):
 def run_all(args):
     """Runs that are not in results.jsonl yet, `--jobs` at a time, until the budget is spent."""
     RESULTS.mkdir(exist_ok=True)
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     done, lock, started, failed = {key(record) for record in read_results()}, threading.Lock(), time.time(), []
     waiting = [run for run in plan() if key(run) not in done and (not args.only or run["group"] in args.only)
                and (not args.methods or run["method"] in args.methods)]
@@ -214,7 +216,7 @@ def run_all(args):
                 waiting.remove(ready)
             begun = time.time()
             try:
-                record = one(ready) | {"minutes": round((time.time() - begun) / 60, 2)}
+                record = one(ready) | {"minutes": round((time.time() - begun) / 60, 2), "commit": commit}  # "": no repository
             except Exception as error:  # said now: the others may need long to come to their end
                 print(f"tables.py: error: {ready['group']} {ready['method']} seed {ready['seed']}: {error}", file=sys.stderr, flush=True)
                 failed.append(error)
@@ -292,7 +294,7 @@ def table_1(records):
 
 
 def table_2(records):
-    rows = [[f"`{start}`", "", f"{100 * greedy:.1f}", "", "", "", "", "", "", PAPER_2.get(start, "")] for start in STARTS
+    rows = [[f"`{start}`", "", f"{100 * greedy:.1f}", *[""] * 8, PAPER_2.get(start, "")] for start in STARTS
             for greedy in by_seed(records, "main", start, test("best", "greedy")).values()]
     for method in methods_of(records, "main"):
         values = [list(by_seed(records, "main", method, test(*what)).values()) for what in
@@ -301,11 +303,11 @@ def table_2(records):
         equal = [score for seed, score in by_seed(records, "main", method, test("equal", "greedy")).items()
                  if trained[seed] >= EQUAL_PASSES]
         rows.append([f"`{method}`", len(trained), *map(cell, values[:3]), f"{np.mean(list(trained.values())):,.0f}", cell(equal),
-                     *(cell(paired(records, "main", method, other, test("last", "greedy")), sign=True) if method != other else ""
-                       for other in ("random2", "none")), PAPER_2.get(method, "")])
+                     *(cell(paired(records, "main", method, other, test("last", kind)), sign=True) if method != other else ""
+                       for kind in ("greedy", "sampled") for other in ("random2", "none")), PAPER_2.get(method, "")])
     return markdown(["method", "seeds", "greedy, best", "greedy, last", "sampled, last", "responses trained on",
-                     f"greedy, after {EQUAL_PASSES:,}", "last − `random2`", "last − PPO-M", "paper: HumanEval / MBPP / LeetCode"],
-                    rows)
+                     f"greedy, after {EQUAL_PASSES:,}", "greedy, last − `random2`", "greedy, last − PPO-M", "sampled, last − `random2`",
+                     "sampled, last − PPO-M", "paper: HumanEval / MBPP / LeetCode"], rows)
 
 
 def table_3(records):
@@ -314,28 +316,32 @@ def table_3(records):
     strategies = [m for m in methods_of(records, "main") if r2 and m in r2[0]]
     if len(strategies) < 4:
         return "Too few strategies are done.\n"
-    scores = {s: by_seed(records, "main", s, test("last", "greedy")) for s in strategies}
+    scores = {kind: {s: by_seed(records, "main", s, test("last", kind)) for s in strategies} for kind in ("greedy", "sampled")}
     rows = [[f"`{s}`", *(f"{np.mean([t[s][k]['mean'] for t in r2]):.3f}" for k in ("r2", "r2_within")),
-             cell(list(scores[s].values())), cell(list(by_seed(records, "main", s, test("last", "sampled")).values())),
-             *(PAPER_3[s][::-1] if s in PAPER_3 else ("", ""))] for s in strategies]
+             *(cell(list(scores[kind][s].values())) for kind in scores), *(PAPER_3[s][::-1] if s in PAPER_3 else ("", ""))]
+            for s in strategies]
     text = markdown(["strategy", "R², pooled", "R², within prompts", "greedy, last", "sampled, last", "paper: R²", "paper: HumanEval"],
                     rows) + "\n"
     measured = {r["seed"]: r["r2"]["sft"] for r in records if r["group"] == "r2"}
-    seeds = sorted(set(measured).intersection(*scores.values()))  # a mean over other seeds would be another comparison
+    seeds = sorted(set(measured).intersection(*scores["greedy"].values()))  # a mean over other seeds would be another comparison
     contrast = [s for s in strategies if s not in ("bon", "top")]  # those two keep high rewards only
-    for some, which in ((strategies, "all"), (contrast, "those without BoN and `top`, which keep high rewards only,")):
-        for name, label in (("r2", "pooled R²"), ("r2_within", "R² within prompts")):
-            rng, draws = np.random.default_rng(0), []
-            for resample in range(2001 if len(some) > 2 and seeds else 0):  # the first one takes everything as it is
-                pick = rng.choice(seeds, len(seeds)) if resample else seeds  # one draw for all strategies: they share its prompts
-                x = [np.mean([measured[seed][s][name]["mean"] for seed in pick]) for s in some]
-                y = [np.mean([scores[s][seed] for seed in pick]) for s in some]
-                draws.append(scipy.stats.spearmanr(x, y).statistic)
-            if draws:
-                low, high = np.percentile(draws[1:], [2.5, 97.5])
-                spread = f", 95% interval over seeds {low:+.2f} to {high:+.2f}" if len(seeds) > 2 else ""
-                text += (f"Rank correlation (Spearman) of {label} and final greedy pass@1 over {which} {len(some)} strategies, seeds "
-                         f"{', '.join(map(str, seeds))}, which all of them have: {draws[0]:+.2f}{spread}.\n\n")
+    correlations = []
+    for some, which in ((strategies, "all"), (contrast, "without BoN and `top`, which keep high rewards only")):
+        for kind in scores:
+            cells = []
+            for name in ("r2", "r2_within"):
+                rng, draws = np.random.default_rng(0), []
+                for resample in range(2001 if len(some) > 2 and seeds else 0):  # the first one takes everything as it is
+                    pick = rng.choice(seeds, len(seeds)) if resample else seeds  # one draw for all strategies: they share its prompts
+                    x = [np.mean([measured[seed][s][name]["mean"] for seed in pick]) for s in some]
+                    y = [np.mean([scores[kind][s][seed] for seed in pick]) for s in some]
+                    draws.append(scipy.stats.spearmanr(x, y).statistic)
+                low, high = np.percentile(draws[1:], [2.5, 97.5]) if draws else (math.nan, math.nan)
+                cells.append(f"{draws[0]:+.2f}" + (f" ({low:+.2f} to {high:+.2f})" if len(seeds) > 2 else "") if draws else "")
+            correlations.append([f"{len(some)}, {which}", kind, *cells])
+    text += (f"Rank correlation (Spearman) of R² and pass@1 of the last iteration, seeds {', '.join(map(str, seeds))}, which all strategies have"
+             + (" (95% interval over seeds)" if len(seeds) > 2 else "") + ":\n\n"
+             + markdown(["strategies", "pass@1", "pooled R²", "R² within prompts"], correlations) + "\n")
     paper = [scipy.stats.spearmanr(*zip(*[row for s, row in PAPER_3.items() if s not in left_out])).statistic
              for left_out in ((), ("bon", "top"))]
     text += ("(The paper's tables differ from each other: R² of BR is .922 in its Table 1 and .841 in its Table 3; PPO-M has 80.2 in Table 2 "
@@ -398,20 +404,21 @@ def plot_training(records, path, methods=FILTERS[:5]):  # in the colours of the 
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
-    panels = (("rm_score", "reward of the rollouts, standard deviations"), ("pass_rate", "share of the rollouts that pass"),
-              ("kl_per_response", "KL from the SFT policy, nats a response"))
+    panels = (("rm_score", "reward (0: SFT policy, 1: its standard deviation)"), ("pass_rate", "share of the sampled responses that pass"),
+              ("kl_per_response", "estimated KL from SFT, nats a response"))
     for axis, (name, label) in zip(axes, panels):
         for method in methods:
             runs = [[line[name] for line in r["iterations"] if name in line] for r in records
                     if r["group"] == "main" and r["method"] == method]
             if runs:
                 steps = range(1, len(runs[0]) + 1)
-                axis.plot(steps, np.mean(runs, 0), label=f"{method}, {len(runs)} seeds")
-                axis.fill_between(steps, np.min(runs, 0), np.max(runs, 0), alpha=0.15)
+                line, = axis.plot(steps, np.mean(runs, 0), linewidth=2, label=f"{NAMES.get(method, method)}, {len(runs)} seeds")
+                axis.plot(steps, np.transpose(runs), color=line.get_color(), linewidth=0.4, alpha=0.4)
         axis.set(xlabel="iteration", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[1].legend(loc="upper left")
-    figure.suptitle("Training: mean over seeds, shaded from the lowest to the highest")
+    axes[2].legend(loc="upper left")
+    figure.suptitle("Training (thick: mean over seeds, thin: a seed). All methods see the same prompts, hence the common zigzag; "
+                    "in iterations 1 and 2 only the critic learns.")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -466,13 +473,17 @@ def plot_profiles(records, path):
                 x = at + (k - 2) * 0.16
                 axis.plot([x] * len(values), values, ".", color=f"C{k}", alpha=0.6)
                 axis.plot([x - 0.06, x + 0.06], [np.mean(values)] * 2, color=f"C{k}", linewidth=3)
-        axis.plot([], [], color=f"C{k}", linewidth=3, label=method)
+        axis.plot([], [], color=f"C{k}", linewidth=3, label=NAMES.get(method, method))
     for value in by_seed(records, "main", "sft", test("best", "greedy")).values():
         axis.axhline(value, color="gray", linestyle="--", label="SFT")
-    axis.set_xticks(range(len(groups)), [group.removeprefix("profile_").replace("_", "\n") for group in groups])
-    axis.set(xlabel="where the reward errs (from moderate to everywhere equally often), and what decides it", ylabel="greedy pass@1, test, iteration 15")
+    names = {"clean": "nowhere", "moderate": "moderate*", "high": "high*", "low": "low*", "everywhere": "everywhere*",
+             "middle_ranks": "middle ranks\nof a prompt"}
+    axis.set_xticks(range(len(groups)), [names[p] + ("" if n == "hash" else f"\nby {n}") for p, n in PROFILES
+                                         if f"profile_{p}_{n}" in groups])
+    axis.set(xlabel="which rewards are wrong (*: pairs in the right order equally often, 0.75)",
+             ylabel="greedy pass@1, test, after 15 iterations", title="Dots: seeds; bars: their mean. Differences below about 0.06 are within the noise.")
     axis.grid(alpha=0.3, axis="y")
-    axis.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.13), frameon=False)
+    axis.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.22), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -489,7 +500,7 @@ def show(records):
             ("Table 4: the reward's reliability set by hand (15 iterations)", sweep_table(records, "profile_", "profile")
              + prediction(records, "profile_")),
             ("Table 5: KL coefficient", sweep_table(records, "kl_", "coefficient")),
-            ("Table 6: what a run costs (one thread; other runs beside it)", table_6(records)),
+            ("Table 6: what a run costs (seconds depend on what ran beside it, up to fourfold: compare the counts)", table_6(records)),
             ("Table 7: quality of the reward model (15 iterations)", sweep_table(records, "rm_", "reward model"))):
         parts += [f"## {title}\n", text]
     (RESULTS / "tables.md").write_text("\n".join(parts), encoding="utf-8")
