@@ -173,6 +173,17 @@ def test_a_response_ends_where_the_template_closes_a_turn(sft, rm, r2, ppo, eval
     assert plain.decode(ppo.encode_prompt(plain, PROMPT)).endswith(PROMPT)
 
 
+def test_a_template_that_writes_the_date_gives_the_same_prompt_on_any_day(sft, ppo, tmp_path):
+    """Llama 3.2 takes the day from a clock of transformers unless it is given one."""
+    template = ("{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+                "Today is {{ date_string }}\n" + CHATML)
+    make_tokenizer(tmp_path / "base", chat_template=template, extra_special_tokens=["<|im_start|>", "<|im_end|>"], pad_token="<pad>")
+    for stage in (sft, ppo):
+        tokenizer = stage.load_tokenizer(str(tmp_path / "base"))
+        text = tokenizer.decode(stage.encode_prompt(tokenizer, PROMPT))
+        assert "Today is 26 Jul 2024\n" in text and PROMPT in text
+
+
 def test_a_chat_model_learns_its_end_of_turn_and_stops_there(sft, ppo, tmp_path, monkeypatch):
     """Trained by 01_sft.py, sampled by 04_pf_ppo.py's `generate`; a server that reads the folder finds the same end."""
     from conftest import tiny_config

@@ -310,6 +310,20 @@ def table_2(records):
                      "sampled, last − PPO-M", "paper: HumanEval / MBPP / LeetCode"], rows)
 
 
+def correlation(strategies, measured, name, scores, seeds):
+    """Spearman's rank correlation of an R2 and pass@1 over strategies, both means over seeds, and its bootstrap interval."""
+    rng, draws = np.random.default_rng(0), []
+    for resample in range(2001 if len(strategies) > 2 and seeds else 0):  # the first one takes everything as it is
+        pick = rng.choice(seeds, len(seeds)) if resample else seeds  # one draw for all strategies: they share its prompts
+        x = [np.mean([measured[seed][s][name]["mean"] for seed in pick]) for s in strategies]
+        y = [np.mean([scores[s][seed] for seed in pick]) for s in strategies]
+        draws.append(scipy.stats.spearmanr(x, y).statistic)
+    if not draws:
+        return ""
+    low, high = np.percentile(draws[1:], [2.5, 97.5])
+    return f"{draws[0]:+.2f}" + (f" ({low:+.2f} to {high:+.2f})" if len(seeds) > 2 else "")
+
+
 def table_3(records):
     """Each strategy's R2 on the SFT policy beside its final pass@1, and the rank correlations with bootstrap intervals."""
     r2 = [r["r2"]["sft"] for r in records if r["group"] == "r2"]
@@ -325,20 +339,9 @@ def table_3(records):
     measured = {r["seed"]: r["r2"]["sft"] for r in records if r["group"] == "r2"}
     seeds = sorted(set(measured).intersection(*scores["greedy"].values()))  # a mean over other seeds would be another comparison
     contrast = [s for s in strategies if s not in ("bon", "top")]  # those two keep high rewards only
-    correlations = []
-    for some, which in ((strategies, "all"), (contrast, "without BoN and `top`, which keep high rewards only")):
-        for kind in scores:
-            cells = []
-            for name in ("r2", "r2_within"):
-                rng, draws = np.random.default_rng(0), []
-                for resample in range(2001 if len(some) > 2 and seeds else 0):  # the first one takes everything as it is
-                    pick = rng.choice(seeds, len(seeds)) if resample else seeds  # one draw for all strategies: they share its prompts
-                    x = [np.mean([measured[seed][s][name]["mean"] for seed in pick]) for s in some]
-                    y = [np.mean([scores[kind][s][seed] for seed in pick]) for s in some]
-                    draws.append(scipy.stats.spearmanr(x, y).statistic)
-                low, high = np.percentile(draws[1:], [2.5, 97.5]) if draws else (math.nan, math.nan)
-                cells.append(f"{draws[0]:+.2f}" + (f" ({low:+.2f} to {high:+.2f})" if len(seeds) > 2 else "") if draws else "")
-            correlations.append([f"{len(some)}, {which}", kind, *cells])
+    correlations = [[f"{len(some)}, {which}", kind, *(correlation(some, measured, name, scores[kind], seeds) for name in ("r2", "r2_within"))]
+                    for some, which in ((strategies, "all"), (contrast, "without BoN and `top`, which keep high rewards only"))
+                    for kind in scores]
     text += (f"Rank correlation (Spearman) of R² and pass@1 of the last iteration, seeds {', '.join(map(str, seeds))}, which all strategies have"
              + (" (95% interval over seeds)" if len(seeds) > 2 else "") + ":\n\n"
              + markdown(["strategies", "pass@1", "pooled R²", "R² within prompts"], correlations) + "\n")
