@@ -94,11 +94,12 @@ def unpack(data, handle):
         return x if not wide or x.size > 1 else x.astype(wide) if x.shape else wide(x)
     return getattr(module, name)(*parts)
 
-encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+encode = json.encoder.c_make_encoder(          # what json.dumps makes anew for each value
+    None, json.JSONEncoder().default, json.encoder.encode_basestring, None, ":", ",", False, False, True)
 scan = json.JSONDecoder().scan_once
 
 def message(data):
-    line = encode(data).encode("utf-8", "surrogatepass") + b"\n"
+    line = "".join([*encode(data, 0), "\n"]).encode("utf-8", "surrogatepass")
     if len(line) > MAX_MESSAGE: raise OverflowError(f"a message of {len(line)} bytes is too large")
     return line
 
@@ -134,12 +135,12 @@ def outcomes(setup, tests, env, gone=bool, exec=exec, Failed=AssertionError, Any
         if gone(): return                              # asked here, too, since an `except:` in the test may have hidden it
         yield found
 
-def candidate(sock, stream):
-    """All of U: runs the code, then answers requests until T hangs up."""
+def candidate(sock, stream, size):
+    """All of U: takes a job of `size` bytes, runs the code, then answers requests until T hangs up."""
     flush, objects, keys, number, kept, spoiled = sys.stdout.flush, {}, {}, 0, 0, False
-    job = marshal.loads(stream.read(int(stream.readline())))                    # T's own words, not a candidate's
+    job = marshal.loads(sock.recv(size, socket.MSG_WAITALL))                    # T's own words, not a candidate's
     code, module, kind = job["code"], type(sys)("solution"), "syntax"
-    module.__file__, module.__loader__ = "solution.py", type("Loader", (), {"get_source": lambda self, name: code})()
+    module.__file__, module.__loader__ = "solution.py", SimpleNamespace(get_source=lambda name: code)
     sys.modules["solution"] = sys.modules["__main__"] = module                  # for inspect; for pickle and dataclasses
     try:
         compiled = compile(code, "solution.py", "exec", dont_inherit=True)
@@ -349,14 +350,17 @@ def serve_candidates(mode, paths, scratch, control, caller, keeper):
     sock, stream = socket.socket(fileno=line), open(line, "rb", 1 << 16, closefd=False)    # so that these are made once
     os.chdir(scratch)
     control.sendall(message(layers))
-    exec(compile("1", "solution.py", "exec"))          # the first one makes the classes of the syntax tree: 1 ms in each child
+    job = marshal.dumps({"code": "", "tests": marshal.dumps([compile("", "tests.py", "exec")] * 2), "token": ""})
+    for _ in range(50):                                # or each child would be the first to run this: 1 ms and 50 pages each
+        rehearsal, theirs = socket.socketpair()
+        with rehearsal, theirs: theirs.sendall(job), candidate(rehearsal, None, len(job))
     gc.disable(), gc.freeze()                          # a child that collects would copy every page
     while True:
         data, extra, _, _ = control.recvmsg(4096, socket.CMSG_SPACE(4))
         if not extra: return                           # T has gone
         fd, = struct.unpack("i", extra[0][2])
         os.dup2(fd, line, inheritable=False), os.close(fd)
-        cpu, memory = scan(data.decode(), 0)[0]
+        cpu, memory, size = scan(data.decode(), 0)[0]
         out, out_w = os.pipe()                         # a new one each time: its flags are a program's to change
         start, pid = time.monotonic(), os.fork()
         if pid == 0:
@@ -368,7 +372,7 @@ def serve_candidates(mode, paths, scratch, control, caller, keeper):
                 if layers["seccomp"] and not spaces: filter_syscalls(DENIED_TOO)
                 os.closerange(3, line), os.closerange(line + 1, 64)
                 gc.enable()
-                candidate(sock, stream)
+                candidate(sock, stream, size)
                 sys.stdout.flush()
             except (EOFError, OSError): pass           # T has hung up
             except BaseException: sys.excepthook(*sys.exc_info())
@@ -650,11 +654,11 @@ def judge(job, zygote, reports):
     except Exception as error:
         return "error", False, 0, count, 0.0, "", f"the tests do not compile or are refused: {error}", "split"
     ours, theirs = socket.socketpair()
-    with theirs: socket.send_fds(zygote, [message([job["timeout"], job["memory_mb"]])], [theirs.fileno()])
+    code = marshal.dumps({"code": job["code"]} | ({"names": p.names} if split else {"tests": p.for_u, "token": token}))
+    with theirs: socket.send_fds(zygote, [message([job["timeout"], job["memory_mb"], len(code)])], [theirs.fileno()])
     remote = Remote(ours, p.methods, p.ahead if split else ())
     try:
-        code = marshal.dumps({"code": job["code"]} | ({"names": p.names} if split else {"tests": p.for_u, "token": token}))
-        remote.send(b"%d\n%b%b" % (len(code), code, p.batch if split else b""))
+        remote.send(code + (p.batch if split else b""))
         kind, *reply = remote.reply(0)
         if kind in ("x", "syntax"):                    # the candidate's code did not run to its end
             failure = "memory" if "MemoryError" in reply[0] else "syntax" if kind == "syntax" else "error", str(reply[1])
@@ -737,10 +741,11 @@ class Worker:
         site, (self.sock, theirs) = [p for p in sys.path if "site-packages" in p or "dist-packages" in p], socket.socketpair()
         code = (f"import sys; sys.path[:1] = [{folder!r}]; import {file.removesuffix('.py')} as sandbox; sys.path[:1] = []\n"
                 f"sys.path += {site}; sandbox.serve({theirs.fileno()}, {MODES}, {site})")
-        self.process = subprocess.Popen(               # in a session of its own: Ctrl-C is for the caller
+        # In a session of its own: Ctrl-C is for the caller. Symbols are looked up at the start, not in each child.
+        self.process = subprocess.Popen(
             [sys.executable, "-s", "-S", "-X", "utf8", "-X", "int_max_str_digits=0", "-c", code], pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/",
-            env={"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"})
+            env={"LD_BIND_NOW": "1", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"})
         theirs.close()
         self.stream, self.deadline = self.sock.makefile("rb", 1 << 16), float("inf")
         try: self.layers = receive(self.stream)
@@ -764,6 +769,8 @@ def look_for_holes():
     """Lets candidates try to break each wall, and says once what stood open."""
     global MISSING
     import tempfile
+    forget = lambda: [worker.stream.close() or worker.sock.close() for worker in (IDLE.pop() for _ in list(IDLE))]
+    os.register_at_fork(after_in_child=forget)         # not at the import, or each process of a candidate would run it, too
     with tempfile.TemporaryDirectory() as outside, socket.create_server(("127.0.0.1", 0)) as listener:
         os.chmod(outside, 0o777)
         with open(outside + "/secret", "w") as file: os.chmod(file.fileno(), 0o666)
@@ -776,8 +783,6 @@ def look_for_holes():
 def close():
     """Ends the idle helpers. They also end by themselves when the caller does."""
     while IDLE: IDLE.pop().end()
-
-os.register_at_fork(after_in_child=lambda: [w.stream.close() or w.sock.close() for w in (IDLE.pop() for _ in list(IDLE))])
 
 def checked(code, tests, setup="", entry_point=None, timeout=3.0, memory_mb=512, trust="auto"):
     job = dict(locals())
