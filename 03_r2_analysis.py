@@ -95,6 +95,13 @@ def r_squared(rm_scores, actual_scores, bins):
     return float(1 - np.sum((y - slope * x - intercept) ** 2) / np.sum((y - y.mean()) ** 2))
 
 
+def pair_accuracy(rm_scores, actual_scores):
+    """Share of the pairs of a prompt (one passes, one fails) whose better one has the higher reward -> float, nan without
+    pairs; a tie counts half. (P, N) tensors both. What the RM is worth on the responses of this policy."""
+    better = actual_scores[:, :, None] > actual_scores[:, None, :]
+    return (0.5 + 0.5 * torch.sign(rm_scores[:, :, None] - rm_scores[:, None, :])[better]).mean().item()
+
+
 def draw_responses(rm_scores, strategy, generator, top, bottom):
     """What a strategy keeps of (P, N) rewards, as (rows, columns). pow_k keeps all and weights them in training; here, where
     responses are counted and not weighted, two of each prompt are drawn by these weights."""
@@ -691,7 +698,7 @@ def main(cfg):
     if not hasattr(reward_model.config, "reward_mean") or not hasattr(reward_model.config, "reward_std"):
         fail(f"{cfg.reward_model} has no reward_mean and reward_std in its config; train it with 02_reward_model.py")
 
-    table, curves, records = {}, {}, []
+    table, curves, records, accuracy = {}, {}, [], {}
     for path in cfg.policies:
         # ---- sample, score, run the tests: repeats x N responses a prompt
         tokenizer = load_tokenizer(path)
@@ -714,6 +721,7 @@ def main(cfg):
                      "total_tests": result.total_tests, "status": result.status,
                      "truncated": sequence[-1] != tokenizer.eos_token_id, "policy": path}
                     for (problem, text), score, result, sequence in zip(flat, scores.tolist(), results, sequences)]
+        accuracy[path] = pair_accuracy(scores.view(len(problems), -1), actual.view(len(problems), -1))
         scores, actual = scores.view(len(problems), cfg.repeats, n), actual.view(len(problems), cfg.repeats, n)
 
         # ---- R2 of each strategy, its mean and spread over the repeats
@@ -729,7 +737,8 @@ def main(cfg):
     # ---- the table and the recommendation
     lines = []
     for path, rows in table.items():
-        lines += [f"policy {path}, {len(problems)} prompts, N = {n}, {cfg.repeats} repeats, {cfg.bins} groups",
+        lines += [f"policy {path}, {len(problems)} prompts, N = {n}, {cfg.repeats} repeats, {cfg.bins} groups; "
+                  f"{accuracy[path]:.3f} of the pairs of a prompt in the right order",
                   f"{'strategy':<12}{'kept':>6}{'pass rate':>11}{'R2 pooled':>18}{'R2 within prompts':>21}"]
         for name, row in rows.items():
             lines.append(f"{name:<12}{row['kept_per_prompt']['mean']:>6.1f}{row['pass_rate']['mean']:>11.3f}"
@@ -752,7 +761,7 @@ def main(cfg):
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     write_jsonl(part / "samples.jsonl", records)
-    (part / "r2.json").write_text(json.dumps({"recommended": choice, "table": table}, indent=2) + "\n", encoding="utf-8")
+    (part / "r2.json").write_text(json.dumps({"recommended": choice, "table": table, "pair_accuracy": accuracy}, indent=2) + "\n", encoding="utf-8")
     (part / "table.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot_reliability(curves, part / "reliability.png")
     plot_r2(table, part / "r2.png")

@@ -71,6 +71,10 @@ def test_r2_table_figures_and_recommendation(pipeline):
     folder = pipeline["folder"] / "out/r2"
     result = json.loads((folder / "r2.json").read_text())
     rows = result["table"]["out/sft"]
+    samples = read(folder / "samples.jsonl")
+    right = [a["rm_score"] > b["rm_score"] for a in samples for b in samples
+             if a["task_id"] == b["task_id"] and a["actual_score"] > b["actual_score"] and a["rm_score"] != b["rm_score"]]
+    assert result["pair_accuracy"]["out/sft"] == pytest.approx(sum(right) / len(right), abs=0.02)  # ties count half there
     assert set(STRATEGIES) - {"single"} == set(rows) and result["recommended"] in rows
     assert rows["none"]["kept_per_prompt"]["mean"] == 5 and rows["bw"]["kept_per_prompt"]["mean"] == 2
     assert f"--strategy {result['recommended']}" in pipeline["03_r2_analysis.py"]

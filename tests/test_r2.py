@@ -48,6 +48,13 @@ def test_within_prompts_sees_what_pooling_hides(r2):
     assert result["r2"] > 0.95 and result["r2_within"] < 0.6
 
 
+def test_pair_accuracy_by_hand(r2):
+    rm_scores = torch.tensor([[3.0, 1.0, 2.0], [0.0, 0.0, 5.0]])
+    actual = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])  # pairs: right, right; a tie, wrong. Not 3 against 5: other prompts
+    assert r2.pair_accuracy(rm_scores, actual) == pytest.approx(2.5 / 4)
+    assert math.isnan(r2.pair_accuracy(rm_scores, torch.ones(2, 3)))
+
+
 def test_pow_draws_follow_the_weights(r2):
     scores = torch.tensor([[1.0, 0.0, -1.0, 0.1]]).repeat(3000, 1)  # weights of pow_1: 1, 0, 1, .1 of the stretched range
     rows, columns = r2.draw_responses(scores, "pow_1", torch.Generator().manual_seed(0), 0.5, -0.5)

@@ -38,6 +38,18 @@ def test_differences_are_paired_by_seed():
     assert pairs == pytest.approx([-0.01, 0.03])  # seed 2 has no partner
 
 
+def test_table_1_has_the_pairs_of_each_policy():
+    r2 = {name: {"r2": {"mean": 0.5 + 0.1 * k}, "r2_within": {"mean": 0.2}} for k, name in enumerate(("none", "random2", "bon", "br", "bw"))}
+    records = [{"group": "r2", "method": "none", "seed": seed, "r2": {"sft": r2, "middle": r2, "final": r2},
+                "pair_accuracy": {"sft": 0.9, "middle": 0.8, "final": 0.7 + 0.02 * seed}} for seed in (0, 1)]
+    records.append({"group": "rm_anew", "method": "rm", "seed": 0,
+                    "accuracy": {"all pairs": {"pairs": 50, "accuracy": 0.8, "low": 0.75, "high": 0.85}}})
+    text = tables.table_1(records)
+    assert "| final | pooled | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.700 ± 0.000 | 0.800 ± 0.000 | 0.900 ± 0.000 | 0.710 ± 0.127 |" in text
+    assert "| final | within prompts | 0.200" in text and "| final | paper | 0.876 |" in text
+    assert "puts 0.800 of the 50 held-out pairs in the right order (0.750 to 0.850)" in text
+
+
 def test_table_2_has_a_row_a_method():
     lines = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in tables.table_2(RECORDS).splitlines()}
     assert list(lines)[2:] == ["`none`", "`random2`", "`bw`"]

@@ -80,6 +80,7 @@ def plan():
     main_group({name: ppo(name) for name in FILTERS[:5]}, range(5))
     for seed in range(5):
         add("r2", "none", seed, ["03_r2_analysis.py"], ("main", "none", seed))
+    add("rm_anew", "rm", 0, ["02_reward_model.py", "--policy", "out/tables/main/none/0/train/last"], ("main", "none", 0))
     main_group({name: ppo(name) for name in FILTERS[5:] + MEASURING}, range(5))
     main_group({name: ["06_baselines.py", "--method", name] for name in BASELINES}, range(5))
     main_group({name: ppo(s, "--advantage", a) for name, (s, a) in CRITIC_FREE.items()}, range(5))
@@ -195,8 +196,9 @@ def one(run):
         policies = ["--policies", "out/sft", str(trained / "iteration_10"), str(trained / "last")]
     call([*run["command"], *policies, "--seed", str(run["seed"]), "--out", str(out / "r2"), "--threads", "1", "--workers", "1"],
          out / "log.txt")
-    table = json.loads((out / "r2" / "r2.json").read_text(encoding="utf-8"))["table"]
-    return record | {"r2": dict(zip(("sft", "middle", "final"), table.values()))}
+    saved = json.loads((out / "r2" / "r2.json").read_text(encoding="utf-8"))
+    return record | {"r2": dict(zip(("sft", "middle", "final"), saved["table"].values())),
+                     "pair_accuracy": dict(zip(("sft", "middle", "final"), saved["pair_accuracy"].values()))}
 
 
 def run_all(args):
@@ -288,9 +290,13 @@ def table_1(records):
         for name, label in (("r2", "pooled"), ("r2_within", "within prompts")):
             values = {s: [r["r2"][policy][s][name]["mean"] for r in records if r["group"] == "r2" and policy in r["r2"]]
                       for s in ("none", "random2", "bon", "br", "bw")}
-            rows.append([policy, label, *(cell(values[s], percent=False) for s in values)])
-        rows.append([policy, "paper", *(f"{x:.3f}" if x else "" for x in (PAPER_1[policy][0], None, *PAPER_1[policy][1:]))])
-    return markdown(["policy of PPO-M", "R²", "none", "random2", "BoN", "BR", "BW"], rows)
+            rows.append([policy, label, *(cell(values[s], percent=False) for s in values), ""])
+        rows.append([policy, "paper", *(f"{x:.3f}" if x else "" for x in (PAPER_1[policy][0], None, *PAPER_1[policy][1:])), ""])
+        rows[-3][-1] = cell([r["pair_accuracy"][policy] for r in records if r["group"] == "r2"], percent=False)
+    anew = [r["accuracy"]["all pairs"] for r in records if r["group"] == "rm_anew"]
+    return markdown(["policy of PPO-M", "R²", "none", "random2", "BoN", "BR", "BW", "pairs of a prompt in the right order"], rows) + "".join(
+        f"\nA reward model trained anew, on responses of the final policy of seed 0 (and from its weights), puts {a['accuracy']:.3f} of the "
+        f"{a['pairs']} held-out pairs in the right order ({a['low']:.3f} to {a['high']:.3f}).\n" for a in anew)
 
 
 def table_2(records):
@@ -447,7 +453,7 @@ def plot_frontier(records, path):
                 points.append((np.mean([r["iterations"][-1]["kl_per_response"] for r in runs]),
                                np.mean([r["test"]["last"]["greedy"] for r in runs])))
         if points:
-            axis.plot(*zip(*points), "o-", label=method)  # in order of the coefficient
+            axis.plot(*zip(*points), "o-", label=NAMES.get(method, method))  # in order of the coefficient
     axis.set(xlabel="KL from the SFT policy at the last iteration, nats a response", ylabel="greedy pass@1, test, last iteration",
              xscale="log")
     axis.grid(alpha=0.3)
