@@ -86,14 +86,16 @@ def plan():
     main_group({name: ppo(s, "--advantage", a) for name, (s, a) in CRITIC_FREE.items()}, range(5))
     main_group({name: ["07_plum.py", *flags] for name, flags in PLUM.items()}, range(5))
     add("main", "plum_sft", 0, None, ("main", "plum_dpo", 0))
-    for seed in range(3):
-        for profile, noise in PROFILES:
+    for seed in range(5):  # three of the sweeps, five of the controlled experiment
+        for profile, noise in PROFILES if seed < 3 else PROFILES[:6]:
             for name in ("none", "random2", "br", "bw", "bon"):
                 command = ["tools/controlled.py", "ppo", "--profile", profile, "--noise", noise, "--", "--strategy", name, *SHORT]
                 add(f"profile_{profile}_{noise}", name, seed, command)
             if seed == 0:
                 add(f"profile_{profile}_{noise}", "r2", 0, ["tools/controlled.py", "r2", "--profile", profile, "--noise", noise,
                                                           "--"])
+        if seed > 2:
+            continue
         for kl_coef in ("0.03", "0.1", "1.0"):
             for name in ("none", "random2", "br", "bw"):
                 add(f"kl_{kl_coef}", name, seed, ppo(name, "--kl_coef", kl_coef))
@@ -370,22 +372,25 @@ def table_6(records):
 
 
 def sweep_table(records, prefix, label):
-    """One row a setting, one column a filter: last greedy pass@1, and BW's and BR's difference to the control."""
-    groups = dict.fromkeys(run["group"] for run in plan() if run["group"].startswith(prefix))
-    rows = []
-    for group in groups:
-        done = methods_of(records, group)
-        if not done:
+    """One row a setting, one column a filter: last greedy and sampled pass@1, and BR's and BW's difference to the control."""
+    rows = {"greedy": [], "sampled": []}
+    for group in dict.fromkeys(run["group"] for run in plan() if run["group"].startswith(prefix)):
+        if not methods_of(records, group):
             continue
         extra = [r for r in records if r["group"] == group and r["method"] == "rm"]
         accuracy = f"{extra[0]['accuracy']['all pairs']['accuracy']:.3f}" if extra else ""
         r2 = [r["r2"]["sft"] for r in records if r["group"] == group and r["method"] == "r2"]
-        rows.append([group.removeprefix(prefix), accuracy,
-                     *(f"{r2[0][s]['r2']['mean']:.2f} / {r2[0][s]['r2_within']['mean']:.2f}" if r2 else "" for s in ("none", "br", "bw", "bon")),
-                     *(cell(list(by_seed(records, group, m, test("last", "greedy")).values())) for m in ("none", "random2", "br", "bw", "bon")),
-                     *(cell(paired(records, group, m, "random2", test("last", "greedy")), sign=True) for m in ("br", "bw"))])
-    return markdown([label, "RM accuracy", "R² none", "R² BR", "R² BW", "R² BoN", "PPO-M", "random2", "BR", "BW", "BoN", "BR − random2",
-                     "BW − random2"], rows) if rows else "Not run yet.\n"
+        measured = [f"{r2[0][s]['r2']['mean']:.2f} / {r2[0][s]['r2_within']['mean']:.2f}" if r2 else "" for s in ("none", "br", "bw", "bon")]
+        for kind in rows:
+            rows[kind].append([
+                group.removeprefix(prefix), *([accuracy, *measured] if kind == "greedy" else []),
+                *(cell(list(by_seed(records, group, m, test("last", kind)).values())) for m in ("none", "random2", "br", "bw", "bon")),
+                *(cell(paired(records, group, m, "random2", test("last", kind)), sign=True) for m in ("br", "bw"))])
+    columns = ["PPO-M", "random2", "BR", "BW", "BoN", "BR − random2", "BW − random2"]
+    if not rows["greedy"]:
+        return "Not run yet.\n"
+    return (markdown([label, "RM accuracy", "R² none", "R² BR", "R² BW", "R² BoN", *columns], rows["greedy"])
+            + "\nSampled pass@1 of the same policies:\n\n" + markdown([label, *columns], rows["sampled"]))
 
 
 def prediction(records, prefix):
@@ -439,26 +444,33 @@ def plot_frontier(records, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     settings = {"kl_1.0": "1", "main": "0.3", "kl_0.1": "0.1", "kl_0.03": "0.03"}
     done = [group for group in settings if any(r["group"] == group and r["method"] in FILTERS for r in records)]
     if len(done) < 2:
         return
-    figure, axis = plt.subplots(figsize=(7.5, 5))
-    for method in ("none", "random2", "br", "bw"):
-        points = []
-        for group in done:
-            runs = [r for r in records if r["group"] == group and r["method"] == method]
-            if runs:
-                points.append((np.mean([r["iterations"][-1]["kl_per_response"] for r in runs]),
-                               np.mean([r["test"]["last"]["greedy"] for r in runs])))
-        if points:
-            axis.plot(*zip(*points), "o-", label=NAMES.get(method, method))  # in order of the coefficient
-    axis.set(xlabel="KL from the SFT policy at the last iteration, nats a response", ylabel="greedy pass@1, test, last iteration",
-             xscale="log")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    axis.set_title(f"Further from SFT: KL coefficients {', '.join(settings[group] for group in done)} along each line")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharex=True)
+    for axis, kind in zip(axes, ("greedy", "sampled")):
+        for k, method in enumerate(("none", "random2", "br", "bw")):
+            runs = {group: by_seed(records, group, method, lambda r: (np.mean(
+                [line["kl_per_response"] for line in r["iterations"][-5:]]), r["test"]["last"][kind])) for group in done}
+            seeds = set.intersection(*(set(of_group) for of_group in runs.values()))  # a mean over others would be unfair
+            for seed in seeds:
+                axis.plot(*zip(*(of_group[seed] for of_group in runs.values())), ".", color=f"C{k}", alpha=0.4)
+            if seeds:
+                means = [np.mean([of_group[seed] for seed in seeds], 0) for of_group in runs.values()]
+                axis.plot(*zip(*means), "o-", color=f"C{k}", label=NAMES.get(method, method))  # in order of the coefficient
+        for value in by_seed(records, "main", "sft", test("best", kind)).values():
+            axis.axhline(value, color="gray", linestyle="--", label="SFT")
+        axis.set(xlabel="KL from the SFT policy, last five iterations, nats a response", ylabel=f"{kind} pass@1, test, last iteration",
+                 xscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(f"Points along a line: KL coefficient {', '.join(settings[group] for group in done)}. Small dots: seeds.")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
