@@ -8,6 +8,9 @@ that more programs pass. The paper chooses the filter with the highest R2.
 That pooled R2 mixes two things: rewards that differ between prompts (some are easy) and rewards that differ within one
 prompt. Only the latter trains the policy, so the same is also printed with rewards and scores centred by prompt.
 
+Also printed: how many pairs of a prompt, one response passing and one failing, the RM puts in the right order. It was trained on
+the SFT model's responses; on those of a policy that it has trained it is worth less (results/README.md: 0.90, at the end 0.72).
+
 Reads   data/tiny/validation.jsonl (problems on which neither policy nor RM was trained), policies, out/rm
 Writes  out/r2/r2.json, table.txt, samples.jsonl
         out/r2/reliability.png   mean actual score against reward, one line a repeat (the paper's Figure 1)

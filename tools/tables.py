@@ -32,7 +32,8 @@ RESULTS, WORK = Path("results"), Path("out/tables")  # in the folder where data/
 NAMES = {"none": "PPO-M", "bw": "BW", "br": "BR", "bon": "BoN"}  # in figures
 FILTERS = ["none", "random2", "bw", "br", "bon", "single", "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3"]
 MEASURING = ["auto", "learned"]
-CRITIC_FREE = {"rloo": ("none", "rloo"), "rloo_bw": ("bw", "rloo"), "grpo": ("none", "grpo"), "grpo_bw": ("bw", "grpo")}
+CRITIC_FREE = {"rloo": ("none", "rloo"), "rloo_random2": ("random2", "rloo"), "rloo_bw": ("bw", "rloo"),
+               "grpo": ("none", "grpo"), "grpo_random2": ("random2", "grpo"), "grpo_bw": ("bw", "grpo")}
 BASELINES = ["raft", "bond", "dpo", "ipo", "kto", "iterative_dpo"]
 PLUM = {"plum_dpo": ["--loss", "dpo"], "plum_kto": ["--loss", "kto"], "plum_online_dpo": ["--loss", "dpo", "--online"]}
 STARTS = {"sft": "out/sft", "plum_sft": "out/plum/sft"}  # what training starts from; PLUM's has learned to write tests, too
