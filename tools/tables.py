@@ -453,7 +453,7 @@ def plot_frontier(records, path):
         return
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharex=True)
     for axis, kind in zip(axes, ("greedy", "sampled")):
-        for k, method in enumerate(("none", "random2", "br", "bw")):
+        for k, method in enumerate(FILTERS[:4]):  # colours as in the other figures
             runs = {group: by_seed(records, group, method, lambda r: (np.mean(
                 [line["kl_per_response"] for line in r["iterations"][-5:]]), r["test"]["last"][kind])) for group in done}
             seeds = set.intersection(*(set(of_group) for of_group in runs.values()))  # a mean over others would be unfair
