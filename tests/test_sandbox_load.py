@@ -168,8 +168,15 @@ def test_threads_of_one_caller_do_not_disturb_each_other():
 
 
 def test_a_fork_of_the_caller_gets_its_own_helpers():
-    body = "g = dict(code='def f(): return 1', tests=['assert f() == 1'], entry_point='f')\nsandbox.run(**g)\npid = os.fork()\nr = sandbox.run_many([g] * 50, workers=1)\nprint(sum(x.passed for x in r), flush=True)\nif pid == 0: os._exit(0)\nos.wait()"
-    assert script(body).communicate(timeout=60)[0].split() == ["50", "50"]
+    """Parent and child have different programs, so that an answer to the other one would show."""
+    body = """g = dict(code='def f(): return 1', tests=['assert f() == 1'], entry_point='f')
+sandbox.run(**g)
+pid = os.fork()
+r = sandbox.run_many([g if pid else g | dict(code='def f(): return 2')] * 50, workers=1)
+print('parent' if pid else 'child', *sorted({x.status for x in r}), flush=True)
+if pid == 0: os._exit(0)
+os.wait()"""
+    assert sorted(script(body).communicate(timeout=60)[0].splitlines()) == ["child failed", "parent passed"]
 
 
 def test_nothing_is_left_after_the_caller():
