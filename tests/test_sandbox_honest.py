@@ -68,6 +68,8 @@ PROGRAMS = {
     "many calls with large replies": "def f(n): return 'x' * 200000|" + "\n".join(f"assert len(f({i})) == 200000" for i in range(30)),
     "batch of large arguments": "def f(x): return x|" + "\n".join("assert f('%s') == '%s'" % ("y" * 40000, "y" * 40000) for _ in range(8)),
     "deep value": "def f():\n    x = []\n    for _ in range(100): x = [x]\n    return x|x = f()\nfor _ in range(100): x = x[0]\nassert x == []",
+    "change within a tuple": "def f(t): t[0].append(2)|inner = [1]\nf((inner, 5))\nassert inner == [1, 2]",
+    "change within a dict": "def f(d): d['a'].append(2); d['b'] = 3|inner = [1]\nd = {'a': inner}\nf(d)\nassert inner == [1, 2] and d == {'a': [1, 2], 'b': 3}",
     "name without builtins in the tests": "import math\nlimit = 5\ndef f(): return limit|assert f() == limit == 5 and math.floor(2.5) == 2",
     "one MB of source": "x = [\n" + "'" + "a" * 90 + "',\n" * 1 + ("'" + "b" * 90 + "',\n") * 11000 + "]\ndef f(): return len(x)|assert f() == 11001",
     "signal and alarm of its own": "import signal\ndef f():\n    got = []\n    signal.signal(signal.SIGALRM, lambda *a: got.append(1)); signal.setitimer(signal.ITIMER_REAL, 0.01)\n    import time; time.sleep(0.05)\n    return got|assert f() == [1]",
@@ -113,6 +115,12 @@ def test_types_are_exact(reply, expected):
     assert sandbox.run(f"def f(): return {reply}", [f"assert type(f()) is type({reply})", f"assert type(f()) is not type({expected})"], entry_point="f").passed
     same = eval(reply) == eval(expected)
     assert sandbox.run(f"def f(): return {reply}", [f"assert f() == {expected}"], entry_point="f").passed == same
+
+
+def test_nesting_has_a_limit():
+    code = "def f(n):\n    x = []\n    for _ in range(n): x = [x]\n    return x"
+    within, beyond = sandbox.run_many([dict(code=code, tests=[f"assert f({n})"], entry_point="f") for n in (190, 210)], 1)
+    assert within.passed and beyond.status == "error" and "too deep" in beyond.error
 
 
 def test_nan_is_nan():
