@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 MAX_MESSAGE, MAX_DEPTH = 16 << 20, 200               # bytes of one message, nesting of one value; beyond is an error
 KEEP_OUTPUT, MAX_OUTPUT = 64 << 10, 16 << 20         # bytes of output in Result.stdout; bytes that end a program as `output`
+PATIENCE = 20                                        # seconds on top of four timeouts after which a helper that sleeps is replaced
 JUDGE_MB = 1024                                      # address space of T: small values from U can make honest tests explode
 
 class Result(NamedTuple):
@@ -812,7 +813,7 @@ def run_many(jobs, workers=None, on_result=None, isolation="auto"):
                     continue
                 worker = free.pop() or Worker()
                 busy.register(worker.sock, selectors.EVENT_READ, (worker, index))
-                worker.deadline = time.monotonic() + 4 * job["timeout"] + 20
+                worker.deadline = time.monotonic() + 4 * job["timeout"] + PATIENCE
                 try: worker.sock.sendall(line)
                 except OSError: pass                   # it has died: seen below
             for key, ready in [(key, True) for key, _ in busy.select(1)] or [(key, False) for key in busy.get_map().values()]:

@@ -368,6 +368,20 @@ def test_values_that_explode_in_the_tests():
     assert sandbox.run("def f(): return 1", ["assert f() == 1"], entry_point="f").passed
 
 
+def test_tests_that_sleep_are_given_up(monkeypatch):
+    monkeypatch.setattr(sandbox, "PATIENCE", 1)
+    began = time.monotonic()
+    result = sandbox.run("def f(): return 1", ["import time\ntime.sleep(60)\nassert f() == 1"], entry_point="f", timeout=0.2)
+    assert result.status == "timeout" and time.monotonic() - began < 20
+
+
+def test_a_judge_that_has_grown_is_replaced():
+    """What tests leave behind in T's modules takes memory there: the next job finds a new T."""
+    leak = dict(code="def f(): return 1", tests=["import math\nmath.leak = b'x' * (600 << 20)", "assert f() == 1"], entry_point="f")
+    after = dict(code="def f(): return 1", tests=["import math\nassert f() == 1 and not hasattr(math, 'leak')"], entry_point="f")
+    assert [result.passed for result in sandbox.run_many([leak, after], 1)] == [True, True]
+
+
 # ---- nothing passes from one program to the next
 
 def test_no_state_from_the_program_before():
