@@ -88,7 +88,7 @@ def plan():
     main_group({name: ["07_plum.py", *flags] for name, flags in PLUM.items()}, range(5))
     add("main", "plum_sft", 0, None, ("main", "plum_dpo", 0))
     for seed in range(5):  # three of the sweeps, five of the controlled experiment
-        for profile, noise in PROFILES if seed < 3 else PROFILES[:6]:
+        for profile, noise in PROFILES if seed < 3 else PROFILES[:7]:
             for name in ("none", "random2", "br", "bw", "bon"):
                 command = ["tools/controlled.py", "ppo", "--profile", profile, "--noise", noise, "--", "--strategy", name, *SHORT]
                 add(f"profile_{profile}_{noise}", name, seed, command)
