@@ -487,25 +487,27 @@ def plot_profiles(records, path):
     groups = [group for group in (f"profile_{profile}_{noise}" for profile, noise in PROFILES) if methods_of(records, group)]
     if not groups:
         return
-    figure, axis = plt.subplots(figsize=(1.9 * len(groups) + 2, 4.4))
-    for k, method in enumerate(FILTERS[:5]):
-        for at, group in enumerate(groups):
-            values = list(by_seed(records, group, method, test("last", "greedy")).values())
-            if values:
-                x = at + (k - 2) * 0.16
-                axis.plot([x] * len(values), values, ".", color=f"C{k}", alpha=0.6)
-                axis.plot([x - 0.06, x + 0.06], [np.mean(values)] * 2, color=f"C{k}", linewidth=3)
-        axis.plot([], [], color=f"C{k}", linewidth=3, label=NAMES.get(method, method))
-    for value in by_seed(records, "main", "sft", test("best", "greedy")).values():
-        axis.axhline(value, color="gray", linestyle="--", label="SFT")
+    figure, axes = plt.subplots(2, 1, figsize=(1.9 * len(groups) + 2, 8), sharex=True)
+    for axis, kind in zip(axes, ("greedy", "sampled")):
+        for k, method in enumerate(FILTERS[:5]):
+            for at, group in enumerate(groups):
+                values = list(by_seed(records, group, method, test("last", kind)).values())
+                if values:
+                    x = at + (k - 2) * 0.16
+                    axis.plot([x] * len(values), values, ".", color=f"C{k}", alpha=0.6)
+                    axis.plot([x - 0.06, x + 0.06], [np.mean(values)] * 2, color=f"C{k}", linewidth=3)
+            axis.plot([], [], color=f"C{k}", linewidth=3, label=NAMES.get(method, method))
+        for value in by_seed(records, "main", "sft", test("best", kind)).values():
+            axis.axhline(value, color="gray", linestyle="--", label="SFT")
+        axis.set(ylabel=f"{kind} pass@1, test, after 15 iterations")
+        axis.grid(alpha=0.3, axis="y")
     names = {"clean": "nowhere", "moderate": "moderate*", "high": "high*", "low": "low*", "everywhere": "everywhere*",
              "middle_ranks": "middle ranks\nof a prompt"}
-    axis.set_xticks(range(len(groups)), [names[p] + ("" if n == "hash" else f"\nby {n}") for p, n in PROFILES
+    axis.set_xticks(range(len(groups)), [names[p] if n == "hash" else f"{names[p].rstrip('*')}\nby {n}" for p, n in PROFILES
                                          if f"profile_{p}_{n}" in groups])
-    axis.set(xlabel="which rewards are wrong (*: pairs in the right order equally often, 0.75)",
-             ylabel="greedy pass@1, test, after 15 iterations", title="Dots: seeds; bars: their mean. Differences below about 0.06 are within the noise.")
-    axis.grid(alpha=0.3, axis="y")
-    axis.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.22), frameon=False)
+    axis.set(xlabel="which rewards are wrong (*: pairs in the right order equally often, 0.75)")
+    axes[0].set(title="Dots: seeds; bars: their mean")
+    axes[0].legend(ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.22), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
