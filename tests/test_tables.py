@@ -16,10 +16,9 @@ import tables  # noqa: E402
 def record(method, seed, last, best=None, group="main", rows=2400):
     test = {"best": {"greedy": best or last, "sampled": 0.4}, "last": {"greedy": last, "sampled": 1 - last},
             "equal": {"greedy": last - 0.1, "sampled": 0.2}}
-    lines = [{"iteration": i, "rm_score": 0.1 * i, "pass_rate": 0.3, "kl_per_response": 0.1 * i, "kept": 96, "seen": 240}
-             for i in (1, 2)]
+    columns = {"iteration": [0, 1, 2], "rm_score": [None, 0.1, 0.2], "pass_rate": [None, 0.3, 0.3], "kl_per_response": [None, 0.1, 0.2]}
     cost = {"samples": 6000, "policy_rows": rows, "critic_rows": rows, "seconds": 100.0, "seconds_train": 40.0}
-    return {"group": group, "method": method, "seed": seed, "iterations": lines, "cost": cost, "test": test}
+    return {"group": group, "method": method, "seed": seed, "iterations": columns, "cost": cost, "test": test}
 
 
 RECORDS = [record("bw", 0, 0.80), record("bw", 1, 0.84), record("random2", 0, 0.78), record("random2", 1, 0.80),
@@ -79,6 +78,12 @@ def test_r2_predicts_within_a_profile():
     records += [{**r, "group": "profile_high_hash"} for r in records if r["method"] != "bon"]
     lines = [line for line in tables.prediction(records, "profile_").splitlines() if line.startswith("|")]
     assert lines[2:] == ["| low_hash | -1.00 | +1.00 |", "| mean | -1.00 | +1.00 |"]
+    greedy, sampled = tables.sweep_table(records, "profile_", "profile").split("Sampled pass@1")
+    row = {part: [c.strip() for c in line.split("|")[2:-1]] for part, text in (("greedy", greedy), ("sampled", sampled))
+           for line in text.splitlines() if line.startswith("| low_hash")}
+    assert row["sampled"][:4] == ["50.0 ± 0.0", "48.0 ± 0.0", "44.0 ± 0.0", "46.0 ± 0.0"]  # PPO-M, random2, BR, BW: 1 - greedy
+    assert row["greedy"][5:9] == ["50.0 ± 0.0", "52.0 ± 0.0", "56.0 ± 0.0", "54.0 ± 0.0"] and row["greedy"][-2:] == ["+4.0 ± 0.0", "+2.0 ± 0.0"]
+    assert row["sampled"][-2:] == ["-4.0 ± 0.0", "-2.0 ± 0.0"]
     assert "| -0.40 / 0.40 |" in tables.sweep_table(records, "profile_", "profile") and tables.prediction([], "profile_") == ""
 
 
@@ -118,7 +123,7 @@ def test_a_run_is_trained_tested_and_recorded(pipeline, monkeypatch, tmp_path):
     shutil.rmtree(out / "eval")
     sweep = tables.train_and_test({**run, "group": "kl_0.1"}, out)  # the finished run, as one of a sweep
     assert sweep["test"] == {"last": done["test"]["last"]} and sweep["checkpoints"] == at
-    assert [line["iteration"] for line in done["iterations"]] == list(range(7)) and not list(out.glob("train/iteration_*"))
+    assert done["iterations"]["iteration"] == list(range(7)) and done["iterations"]["rm_score"][0] is None and not list(out.glob("train/iteration_*"))
     tables.RESULTS.mkdir()
     (tables.RESULTS / "results.jsonl").write_text(json.dumps(done) + "\n")
     assert "| `bw` | 1 |" in run_script("tools/tables.py", "show", cwd=pipeline["folder"]).stdout

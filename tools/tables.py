@@ -136,10 +136,10 @@ def training_record(lines):
     steps = [line for line in lines if line["iteration"]]
     phases = [name for name in steps[0] if name.startswith("seconds_") and name not in ("seconds_validate", "seconds_measure")]
     critic = any("critic_loss" in line for line in steps)
+    names = ("iteration", "rm_score", "pass_rate", "kl_per_response", "entropy", "length", "kept", "seen", "strategy", "validation_pass_at_1")
     return {
-        "iterations": [{name: round(line[name], 4) if isinstance(line[name], float) else line[name] for name in
-                        ("iteration", "rm_score", "pass_rate", "kl_per_response", "entropy", "length", "kept", "seen",
-                         "strategy", "validation_pass_at_1") if name in line} for line in lines],
+        "iterations": {name: [round(line[name], 4) if isinstance(line.get(name), float) else line.get(name) for line in lines]
+                       for name in names if any(name in line for line in lines)},  # by column: a third of the size
         "cost": {"samples": sum(line["seen"] + line.get("r2_responses", 0) + line.get("test_responses", 0) for line in steps),
                  "rm_passes": sum(line["seen"] + line.get("r2_responses", 0) for line in steps if "rm_score" in line),
                  "policy_rows": sum(line["kept"] for line in steps if "policy_loss" in line),
@@ -290,12 +290,12 @@ def table_1(records):
         return "Not run yet.\n"
     rows = []
     for policy in ("sft", "middle", "final"):
+        pairs = cell([r["pair_accuracy"][policy] for r in records if r["group"] == "r2"], percent=False)
         for name, label in (("r2", "pooled"), ("r2_within", "within prompts")):
             values = {s: [r["r2"][policy][s][name]["mean"] for r in records if r["group"] == "r2" and policy in r["r2"]]
                       for s in ("none", "random2", "bon", "br", "bw")}
-            rows.append([policy, label, *(cell(values[s], percent=False) for s in values), ""])
+            rows.append([policy, label, *(cell(values[s], percent=False) for s in values), pairs if name == "r2" else ""])
         rows.append([policy, "paper", *(f"{x:.3f}" if x else "" for x in (PAPER_1[policy][0], None, *PAPER_1[policy][1:])), ""])
-        rows[-3][-1] = cell([r["pair_accuracy"][policy] for r in records if r["group"] == "r2"], percent=False)
     anew = [r["accuracy"]["all pairs"] for r in records if r["group"] == "rm_anew"]
     return markdown(["policy of PPO-M", "R²", "none", "random2", "BoN", "BR", "BW", "pairs of a prompt in the right order"], rows) + "".join(
         f"\nA reward model trained anew, on responses of the final policy of seed 0 (and from its weights), puts {a['accuracy']:.3f} of the "
@@ -423,7 +423,7 @@ def plot_training(records, path, methods=FILTERS[:5]):  # in the colours of the 
               ("kl_per_response", "estimated KL from SFT, nats a response"))
     for axis, (name, label) in zip(axes, panels):
         for method in methods:
-            runs = [[line[name] for line in r["iterations"] if name in line] for r in records
+            runs = [[x for x in r["iterations"][name] if x is not None] for r in records
                     if r["group"] == "main" and r["method"] == method]
             if runs:
                 steps = range(1, len(runs[0]) + 1)
@@ -454,8 +454,8 @@ def plot_frontier(records, path):
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharex=True)
     for axis, kind in zip(axes, ("greedy", "sampled")):
         for k, method in enumerate(FILTERS[:4]):  # colours as in the other figures
-            runs = {group: by_seed(records, group, method, lambda r: (np.mean(
-                [line["kl_per_response"] for line in r["iterations"][-5:]]), r["test"]["last"][kind])) for group in done}
+            runs = {group: by_seed(records, group, method, lambda r: (
+                np.mean(r["iterations"]["kl_per_response"][-5:]), r["test"]["last"][kind])) for group in done}
             seeds = set.intersection(*(set(of_group) for of_group in runs.values()))  # a mean over others would be unfair
             for seed in seeds:
                 axis.plot(*zip(*(of_group[seed] for of_group in runs.values())), ".", color=f"C{k}", alpha=0.4)
