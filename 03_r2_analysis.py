@@ -4,6 +4,7 @@ A policy writes N responses to each prompt, the RM ranks them, the tests give th
 each prompt's responses. On what it kept, responses of similar reward are grouped, and R2 is that of a straight line through
 the groups' mean reward and mean actual score (paper, section 3 and Table 1): near 1 where a higher reward reliably means
 that more programs pass. The paper chooses the filter with the highest R2.
+(It ranks by the RM's reward; stage 4 takes `truncation_penalty` off where a response has no EOS, which matters where many have none.)
 
 That pooled R2 mixes two things: rewards that differ between prompts (some are easy) and rewards that differ within one
 prompt. Only the latter trains the policy, so the same is also printed with rewards and scores centred by prompt.
@@ -92,7 +93,7 @@ def r_squared(rm_scores, actual_scores, bins):
     Returns: float at most 1; nan where all rewards or all scores are equal, since no line is then better than another.
     """
     x, y = group_means(np.asarray(rm_scores, dtype=float), np.asarray(actual_scores, dtype=float), bins)
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    if len(x) < 2 or np.ptp(rm_scores) == 0 or np.ptp(x) == 0 or np.ptp(y) == 0:  # means of equal numbers differ by rounding
         return float("nan")
     slope, intercept = np.polyfit(x, y, 1)
     return float(1 - np.sum((y - slope * x - intercept) ** 2) / np.sum((y - y.mean()) ** 2))
@@ -125,6 +126,21 @@ def analyse(rm_scores, actual_scores, strategy, generator, cfg):
     centred_actual = (actual_scores - actual_scores.mean(1, keepdim=True))[rows, columns].numpy()
     return {"r2": r_squared(kept_rm, kept_actual, cfg.bins), "r2_within": r_squared(centred_rm, centred_actual, cfg.bins),
             "kept_per_prompt": len(rows) / len(rm_scores), "pass_rate": float(kept_actual.mean())}
+
+
+def recommendation(rows, policy):
+    """The filter with the highest R2 and what is to be said of it -> its name, lines. rows: {strategy: {"r2": {"mean", "std"}}}; a
+    mean is nan where few responses pass: in one of the repeats none of those that the filter keeps did."""
+    means = {name: row["r2"]["mean"] for name, row in rows.items()}
+    defined = [name for name in means if name not in ("none", "random2") and not math.isnan(means[name])]
+    if not defined:
+        fail("every R2 is undefined: all rewards or all actual scores are equal; check the policy and the reward model")
+    choice = max(defined, key=means.get)
+    lines = [f"recommended by R2 on {policy}: --strategy {choice} (R2 {means[choice]:.3f}; no filter has {means['none']:.3f}, "
+             f"two at random {means['random2']:.3f})"]
+    if not means[choice] - rows[choice]["r2"]["std"] > means["none"]:
+        lines.append("R2 alone gives no reason to filter here: the best filter is not clearly above none")
+    return choice, lines
 
 
 # ------------------------------------------------------------------------------------------------------------ the figures
@@ -748,15 +764,8 @@ def main(cfg):
                          f"{row['r2']['mean']:>11.3f} ± {row['r2']['std']:.3f}"
                          f"{row['r2_within']['mean']:>13.3f} ± {row['r2_within']['std']:.3f}")
         lines.append("")
-    rows = {name: row for name, row in table[cfg.policies[0]].items() if not math.isnan(row["r2"]["mean"])}
-    filters = [name for name in rows if name not in ("none", "random2")]
-    if not filters:
-        fail("every R2 is undefined: all rewards or all actual scores are equal; check the policy and the reward model")
-    choice = max(filters, key=lambda name: rows[name]["r2"]["mean"])
-    lines.append(f"recommended by R2 on {cfg.policies[0]}: --strategy {choice} (R2 {rows[choice]['r2']['mean']:.3f}; "
-                 f"no filter has {rows['none']['r2']['mean']:.3f}, two at random {rows['random2']['r2']['mean']:.3f})")
-    if rows[choice]["r2"]["mean"] - rows[choice]["r2"]["std"] <= rows["none"]["r2"]["mean"]:
-        lines.append("R2 alone gives no reason to filter here: the best filter is not clearly above none")
+    choice, words = recommendation(table[cfg.policies[0]], cfg.policies[0])
+    lines += words
     print("\n".join(lines))
 
     # ---- save: the folder gets its name when all is in it

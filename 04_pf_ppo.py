@@ -9,6 +9,7 @@ prompt's responses (the filter), and makes a PPO update of policy and critic on 
               best and the worst; `none` is PPO-M, `single` PPO-S (one response for each of 5n prompts), and `random2` the
               control of BR's and BW's size: without it nobody can tell the filter from the smaller batch
     reward    r_t = -kl_coef * (log pi(y_t) - log pi_ref(y_t)),  plus the normalised RM score at the last token
+              (less `truncation_penalty` where the response has no EOS; the filter ranks by this score, too)
     GAE       delta_t = r_t + gamma V_{t+1} - V_t,   A_t = sum_k (gamma lam)^k delta_{t+k},   returns = A + V
     policy    L = mean max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),   ratio = pi / pi_old
     critic    L = mean 1/2 max((V - R)^2, (clip(V, V_old +- eps) - R)^2)
@@ -29,7 +30,7 @@ it calls, in the order of an iteration. The sections on large models and on seve
 
 Simplified against the paper (section 4): the tiny setting makes one pass over each minibatch (paper: each response is used
 three times on average), has larger learning rates (a model of 0.9M parameters), a larger KL coefficient (with 0.03
-this small model's programs get worse while the reward rises: README), and rewards its policy for nothing but the RM score.
+this small model's programs get worse while the reward rises: README), and rewards its policy for the RM score alone (and for ending: --truncation_penalty).
 """
 
 import argparse
@@ -99,7 +100,7 @@ class Config:
     max_new_tokens: int = 96  # longest response, tokens; authors' scripts: 2048
     truncation_penalty: float = 1.0  # taken off the normalised score of a response without EOS; not given in the paper
     epochs: int = 1  # passes over the kept responses of an iteration; paper: 3 on average
-    minibatch_size: int = 48  # kept responses per optimiser step; authors' scripts: 256
+    minibatch_size: int = 48  # responses per optimiser step; authors' scripts: 256
     micro_batch_size: int = 48  # responses per forward pass; smaller needs less memory and changes nothing else
     lr: float = 1e-4  # policy learning rate (AdamW, constant); paper: 5e-7 (a 6.7B model)
     critic_lr: float = 5e-4  # critic learning rate; paper: 9e-6
@@ -113,7 +114,7 @@ class Config:
     kl_coef: float = 0.3  # weight of the per-token KL penalty, reward per nat; authors' scripts: 0.01
     kl_control: typing.Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef follows kl_target
     kl_target: float = 1.0  # adaptive: the KL from the reference to aim at, nats per response
-    kl_horizon: int = 1000  # adaptive: responses over which kl_coef may change by a factor of about e
+    kl_horizon: int = 1000  # adaptive: responses in which kl_coef changes by at most a fifth
     max_kl: float = 100.0  # nats per response; more stops the run. The over-optimised run of the README reaches 6, broken ones 600
     whiten_before_filter: bool = False  # the wrong order, for comparison: with bon all advantages come out positive
     critic_rows: typing.Literal["kept", "all"] = "kept"  # what the critic trains on; paper: the kept responses
@@ -324,7 +325,7 @@ def r_squared(rm_scores, actual_scores, bins):
     Returns: float at most 1; nan where all rewards or all scores are equal, since no line is then better than another.
     """
     x, y = group_means(np.asarray(rm_scores, dtype=float), np.asarray(actual_scores, dtype=float), bins)
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    if len(x) < 2 or np.ptp(rm_scores) == 0 or np.ptp(x) == 0 or np.ptp(y) == 0:  # means of equal numbers differ by rounding
         return float("nan")
     slope, intercept = np.polyfit(x, y, 1)
     return float(1 - np.sum((y - slope * x - intercept) ** 2) / np.sum((y - y.mean()) ** 2))
@@ -523,7 +524,7 @@ def plot_curves(metrics, path, title):
               ("kl_per_response", "distance from the SFT policy", "KL, nats per response", "tab:blue")]
     for axis, (name, heading, label, colour) in zip(axes, panels):
         axis.plot(steps, [m[name] for m in metrics if m["iteration"]], color=colour,
-                  label="rollouts (temperature 1)" if name == "pass_rate" else None)
+                  label="rollouts, sampled" if name == "pass_rate" else None)
         axis.set(title=heading, xlabel="iteration", ylabel=label)
         axis.grid(alpha=0.3)
     checks = [m for m in metrics if "validation_pass_at_1" in m]
@@ -1297,6 +1298,13 @@ def rollout_shape(cfg):
     if per_prompt < needed:
         fail(f"--strategy {cfg.strategy} --advantage {cfg.advantage} needs {needed} responses of a prompt, there are "
              f"{per_prompt}; raise --responses_per_prompt or change the strategy")
+    if cfg.kl_control == "adaptive" and (cfg.kl_target <= 0 or 5 * cfg.kl_horizon <= n * per_prompt):
+        fail(f"--kl_control adaptive needs a --kl_target above 0 and a --kl_horizon above a fifth of the {n * per_prompt} responses "
+             "of an iteration: with less, one step could take the coefficient below 0")
+    if cfg.advantage != "gae" and cfg.critic_rows == "all":
+        fail(f"--advantage {cfg.advantage} has no critic; --critic_rows all is for gae")
+    if cfg.advantage == "gae" and cfg.iterations <= cfg.critic_warmup:
+        print(f"note: --iterations {cfg.iterations} end within --critic_warmup {cfg.critic_warmup}: the policy does not learn", flush=True)
     if cfg.bins < 2 or min(cfg.min_kept, cfg.r2_every, cfg.r2_prompts, cfg.eval_every, cfg.state_every) < 1:
         fail("--min_kept, --r2_every, --r2_prompts, --eval_every and --state_every must be at least 1, --bins at least 2")
     return n, per_prompt
@@ -1379,21 +1387,31 @@ def main(cfg):
         return sum(result.passed for result in results) / len(results)
 
     def normalised_scores(prompts, responses):
-        """RM rewards, normalised by their mean and standard deviation over responses of the SFT policy -> (B,)."""
+        """RM rewards, normalised by their mean and standard deviation over responses of the SFT policy -> (B,).
+
+        A text that is there twice has one reward: from two batches it would have two in bf16, and be ranked by the difference.
+        """
         with adapters_off(reward_model):  # with LoRA it shares its blocks with the critic
             rewards = shared_rows(lambda rows: score_responses(reward_model, [prompts[k] + responses[k] for k in rows],
                                                                tokenizer.pad_token_id, cfg.score_batch_size),
                                   torch.arange(len(prompts)))
-        return (rewards - reward_model.config.reward_mean) / reward_model.config.reward_std
+        first = {}
+        twins = [first.setdefault((*prompt, *response), k) for k, (prompt, response) in enumerate(zip(prompts, responses))]
+        return (rewards[twins] - reward_model.config.reward_mean) / reward_model.config.reward_std
+
+    def ended(responses):
+        """Whether each response has its EOS -> (B,) bool; the others were cut off at max_new_tokens."""
+        return torch.tensor([ids[-1] == tokenizer.eos_token_id for ids in responses])
 
     def measured_filter(generator, cpu_generator):
         """`best_filter` on new responses of the policy to labelled problems."""
         labelled, prompts = validation[:cfg.r2_prompts], validation_ids[:cfg.r2_prompts]
         responses = sample(prompts, per_prompt, cfg.temperature, generator)
-        rm_scores = normalised_scores([ids for ids in prompts for _ in range(per_prompt)], responses)
+        scores = normalised_scores([ids for ids in prompts for _ in range(per_prompt)], responses)
+        scores -= cfg.truncation_penalty * ~ended(responses)
         results = test([problem for problem in labelled for _ in range(per_prompt)], responses)
         actual_scores = torch.tensor([float(result.passed) for result in results])
-        return best_filter(rm_scores.view(-1, per_prompt), actual_scores.view(-1, per_prompt), cpu_generator, cfg)
+        return best_filter(scores.view(-1, per_prompt), actual_scores.view(-1, per_prompt), cpu_generator, cfg)
 
     def logprobs_of(model, mb):
         return response_logprobs_in_parts(model, *model_inputs(mb), mb["response_ids"].shape[1], cfg.temperature, logits_mb)
@@ -1435,11 +1453,15 @@ def main(cfg):
         shared_save(policy, tokenizer, out / "best")
         print(f"before training: validation pass@1 {best:.3f}, {time.time() - started:.0f} s", flush=True)
     background = concurrent.futures.ThreadPoolExecutor(1)
+    warmup = cfg.critic_warmup if cfg.advantage == "gae" else 0
 
     for iteration in range(metrics[-1]["iteration"] + 1, cfg.iterations + 1):
         clock = [time.time()]
-        generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + iteration)
-        cpu_generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + iteration)
+        seed = cfg.seed * 1_000_003 + iteration
+        generator = torch.Generator(device).manual_seed(seed)  # for the sampler
+        # For filter and minibatches. With the sampler's seed, on a CPU, `random2` would keep a response by the very number
+        # that had chosen its first token.
+        cpu_generator = torch.Generator().manual_seed(-seed)
         strategy, r2 = metrics[-1].get("strategy", cfg.strategy), {}
         if cfg.strategy in ("auto", "learned") and (iteration - 1) % cfg.r2_every == 0:
             strategy, r2 = measured_filter(generator, cpu_generator)
@@ -1459,7 +1481,7 @@ def main(cfg):
 
         # ---- score: RM rewards, normalised by their mean and standard deviation over responses of the SFT policy
         rm_scores = normalised_scores(row_prompts, responses)  # (n * N,)
-        truncated = torch.tensor([ids[-1] != tokenizer.eos_token_id for ids in responses])
+        truncated = ~ended(responses)
         scores = rm_scores - cfg.truncation_penalty * truncated
 
         # ---- filter: within each prompt, on the scores without KL
@@ -1517,7 +1539,7 @@ def main(cfg):
                 if cfg.advantage == "gae":
                     critic_statistics = train_epoch(critic, optimizers["critic"], value_loss_of, batch,
                                                     critic_rows, cfg, cpu_generator, device)
-                if cfg.advantage != "gae" or iteration > cfg.critic_warmup:
+                if iteration > warmup:
                     policy_statistics = train_epoch(policy, optimizers["policy"], policy_loss_of, batch, kept, cfg,
                                                     cpu_generator, device)
         except FloatingPointError as error:
@@ -1554,7 +1576,7 @@ def main(cfg):
         if cfg.advantage == "gae":
             line["explained_variance"] = explained_variance(batch["old_values"][kept], batch["returns"][kept],
                                                             mask[kept]).item()
-        if cfg.kl_control == "adaptive":
+        if cfg.kl_control == "adaptive" and iteration > warmup + 1:  # before, the KL is 0 whatever the coefficient
             kl_coef = adapt_kl_coef(kl_coef, line["kl_per_response"], cfg.kl_target, len(texts), cfg.kl_horizon)
         if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:
             line["validation_pass_at_1"] = pass_at_1()

@@ -99,7 +99,7 @@ class Config:
     max_new_tokens: int = 96  # longest response, tokens; authors' scripts: 2048
     truncation_penalty: float = 1.0  # taken off the normalised score of a response without EOS; not given in the paper
     beta: float = 0.1  # dpo, ipo, kto: strength of the pull to the reference, reward per nat; not given in the paper
-    rounds: int = 3  # iterative_dpo: how often fresh samples are taken from the policy; paper: 3
+    rounds: int = 3  # iterative_dpo: rounds, each of ceil(iterations / rounds), with new samples of the policy; paper: 3
     anchor_every: int = 25  # bond: iterations after which the anchor moves to the policy; paper: iterative, interval not given
     epochs: int = 1  # passes over the chosen responses of an iteration; not given in the paper
     minibatch_size: int = 48  # responses per optimiser step (24 pairs; with bond all responses of 9 prompts)
@@ -174,8 +174,7 @@ def bond_rewards(scores):
         reward is too large, and equal scores get equal rewards.
     """
     n = scores.shape[1]
-    # A text sampled twice is a tie; scored in two batches, its scores may differ in the last digit.
-    share = (scores[:, None, :] <= scores[:, :, None] + 1e-5).float().mean(2)  # (P, N)
+    share = (scores[:, None, :] <= scores[:, :, None]).float().mean(2)  # (P, N)
     return (n - 1) * share.log()
 
 
@@ -772,7 +771,7 @@ def plot_curves(metrics, path, title):
               ("kl_per_response", "distance from the SFT policy", "KL, nats per response", "tab:blue")]
     for axis, (name, heading, label, colour) in zip(axes, panels):
         axis.plot(steps, [m[name] for m in metrics if m["iteration"]], color=colour,
-                  label="rollouts (temperature 1)" if name == "pass_rate" else None)
+                  label="rollouts, sampled" if name == "pass_rate" else None)
         axis.set(title=heading, xlabel="iteration", ylabel=label)
         axis.grid(alpha=0.3)
     checks = [m for m in metrics if "validation_pass_at_1" in m]
@@ -835,10 +834,15 @@ def main(cfg):
         return sum(result.passed for result in results) / len(results)
 
     def normalised_scores(prompts, responses):
-        """RM rewards, normalised by their mean and standard deviation over responses of the SFT policy -> (B,)."""
+        """RM rewards, normalised by their mean and standard deviation over responses of the SFT policy -> (B,).
+
+        A text that is there twice has one reward: from two batches it would have two in bf16, and be ranked by the difference.
+        """
         rewards = score_responses(reward_model, [p + r for p, r in zip(prompts, responses)], tokenizer.pad_token_id,
                                   cfg.score_batch_size)
-        return (rewards - reward_model.config.reward_mean) / reward_model.config.reward_std
+        first = {}
+        twins = [first.setdefault((*prompt, *response), k) for k, (prompt, response) in enumerate(zip(prompts, responses))]
+        return (rewards[twins] - reward_model.config.reward_mean) / reward_model.config.reward_std
 
     def logprobs_of(model, mb):
         return response_logprobs(model, *model_inputs(mb), mb["response_ids"].shape[1], cfg.temperature)
@@ -972,7 +976,7 @@ def main(cfg):
         own_mask = own["response_mask"]
         own_logprobs = token_logprobs(policy, own, own_rows)
         kl = (own_logprobs - token_logprobs(reference, own, own_rows))[own_rows]
-        if iteration == 1 and kl.abs().max() > 1e-2:  # a wrong mask, position or temperature shows here
+        if iteration == 1 and not kl.abs().max() <= 1e-2:  # a wrong mask, position or temperature shows here
             fail(f"before the first update the largest log-ratio to the reference is {kl.abs().max():.4f} (must be 0): policy "
                  "and reference are not the same model")
         clock.append(time.time())
@@ -980,6 +984,8 @@ def main(cfg):
         # ---- train
         statistics, problem = {}, None
         try:
+            if not (scores.isfinite().all() and kl.isfinite().all()):
+                raise FloatingPointError("a reward or logprob is not a finite number")
             for _ in range(cfg.epochs if len(groups) else 0):
                 statistics = train_groups(policy, optimizer, loss_of, batch, groups, cfg, cpu_generator, device,
                                           reference_point)

@@ -272,6 +272,16 @@ def test_a_step_lowers_the_loss_of_its_own_samples(finished_runs, pipeline, base
     assert read(pipeline["folder"] / "out/second_pass/metrics.jsonl")[1]["policy_loss"] < first
 
 
+def test_a_reward_that_is_not_a_number_stops_the_run(pipeline, baselines, monkeypatch, capsys):
+    """argsort puts nan first: it would be the chosen response."""
+    monkeypatch.chdir(pipeline["folder"])
+    monkeypatch.setattr(baselines, "score_responses", lambda model, sequences, *_: torch.tensor([math.nan] + [0.5] * (len(sequences) - 1)))
+    with pytest.raises(SystemExit):
+        baselines.main(config(baselines, "dpo", "out/nan_reward", iterations=1))
+    assert "not a finite number" in capsys.readouterr().err
+    assert len(read(pipeline["folder"] / "out/nan_reward/rollouts/0001.jsonl")) == 40
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_kept_responses_are_the_right_ones_of_their_prompt(finished_runs, method):
     for path in sorted((finished_runs[method] / "rollouts").iterdir()):

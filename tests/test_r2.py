@@ -36,6 +36,23 @@ def test_r_squared_against_scipy(r2):
 def test_r_squared_is_nan_where_there_is_no_line(r2):
     assert math.isnan(r2.r_squared([1, 1, 1, 1], [0, 1, 0, 1], 2))
     assert math.isnan(r2.r_squared([1, 2, 3, 4], [1, 1, 1, 1], 2))
+    assert math.isnan(r2.r_squared([0.1] * 25, [0, 1, 0, 0, 1] * 5, 10))  # of which groups of two and of three have other means
+
+
+def test_a_recommendation_where_some_r2_are_undefined(r2, capsys):
+    rows = {name: {"r2": {"mean": mean, "std": 0.1}} for name, mean in
+            {"none": 0.9, "random2": math.nan, "bon": 0.2, "br": math.nan, "bw": 0.95}.items()}
+    choice, lines = r2.recommendation(rows, "out/sft")
+    assert choice == "bw" and "R2 0.950; no filter has 0.900, two at random nan" in lines[0] and "no reason to filter" in lines[1]
+    rows["bw"]["r2"]["std"] = 0.01
+    assert len(r2.recommendation(rows, "out/sft")[1]) == 1
+    rows["none"]["r2"]["mean"] = math.nan  # nothing to be above
+    assert len(r2.recommendation(rows, "out/sft")[1]) == 2
+    for name in ("bon", "bw"):
+        rows[name]["r2"]["mean"] = math.nan
+    with pytest.raises(SystemExit):
+        r2.recommendation(rows, "out/sft")
+    assert "every R2 is undefined" in capsys.readouterr().err
 
 
 def test_within_prompts_sees_what_pooling_hides(r2):

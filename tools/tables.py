@@ -373,25 +373,31 @@ def table_6(records):
 
 
 def sweep_table(records, prefix, label):
-    """One row a setting, one column a filter: last greedy and sampled pass@1, and BR's and BW's difference to the control."""
-    rows = {"greedy": [], "sampled": []}
+    """One row a setting, one column a filter: last greedy and sampled pass@1, and differences paired by seed. Only seeds that all
+    filters of a row have, since a mean over others would be unfair."""
+    rows, methods = {"greedy": [], "sampled": []}, ("none", "random2", "br", "bw", "bon")
     for group in dict.fromkeys(run["group"] for run in plan() if run["group"].startswith(prefix)):
-        if not methods_of(records, group):
+        done = [m for m in methods if m in methods_of(records, group)]
+        if not done:
             continue
+        seeds = set.intersection(*(set(by_seed(records, group, m, test("last", "greedy"))) for m in done))
+        fair = [r for r in records if r["group"] == group and r["seed"] in seeds]
         extra = [r for r in records if r["group"] == group and r["method"] == "rm"]
         accuracy = f"{extra[0]['accuracy']['all pairs']['accuracy']:.3f}" if extra else ""
         r2 = [r["r2"]["sft"] for r in records if r["group"] == group and r["method"] == "r2"]
-        measured = [f"{r2[0][s]['r2']['mean']:.2f} / {r2[0][s]['r2_within']['mean']:.2f}" if r2 else "" for s in ("none", "br", "bw", "bon")]
+        measured = [f"{r2[0][m]['r2']['mean']:.2f} / {r2[0][m]['r2_within']['mean']:.2f}" if r2 else "" for m in methods]
         for kind in rows:
             rows[kind].append([
-                group.removeprefix(prefix), *([accuracy, *measured] if kind == "greedy" else []),
-                *(cell(list(by_seed(records, group, m, test("last", kind)).values())) for m in ("none", "random2", "br", "bw", "bon")),
-                *(cell(paired(records, group, m, "random2", test("last", kind)), sign=True) for m in ("br", "bw"))])
-    columns = ["PPO-M", "random2", "BR", "BW", "BoN", "BR − random2", "BW − random2"]
+                group.removeprefix(prefix), len(seeds), *([accuracy, *measured] if kind == "greedy" else []),
+                *(cell(list(by_seed(fair, group, m, test("last", kind)).values())) for m in methods),
+                *(cell(paired(fair, group, m, other, test("last", kind)), sign=True)
+                  for m, other in (("br", "random2"), ("bw", "random2"), ("bw", "none")))])
+    names = ["PPO-M", "random2", "BR", "BW", "BoN"]
+    columns = [*names, "BR − random2", "BW − random2", "BW − PPO-M"]
     if not rows["greedy"]:
         return "Not run yet.\n"
-    return (markdown([label, "RM accuracy", "R² none", "R² BR", "R² BW", "R² BoN", *columns], rows["greedy"])
-            + "\nSampled pass@1 of the same policies:\n\n" + markdown([label, *columns], rows["sampled"]))
+    return (markdown([label, "seeds", "RM accuracy", *(f"R² {name}" for name in names), *columns], rows["greedy"])
+            + "\nSampled pass@1 of the same policies:\n\n" + markdown([label, "seeds", *columns], rows["sampled"]))
 
 
 def prediction(records, prefix):
@@ -399,16 +405,18 @@ def prediction(records, prefix):
     rows, methods = [], FILTERS[:5]
     for group in dict.fromkeys(run["group"] for run in plan() if run["group"].startswith(prefix)):
         r2 = [r["r2"]["sft"] for r in records if r["group"] == group and r["method"] == "r2"]
-        scores = [list(by_seed(records, group, m, test("last", "greedy")).values()) for m in methods]
-        if r2 and all(scores):
-            means = [np.mean(values) for values in scores]
-            rows.append([group.removeprefix(prefix), *(scipy.stats.spearmanr([r2[0][m][name]["mean"] for m in methods], means).statistic
-                                                       for name in ("r2", "r2_within"))])
+        scores = {kind: [list(by_seed(records, group, m, test("last", kind)).values()) for m in methods]
+                  for kind in ("greedy", "sampled")}
+        if r2 and all(scores["greedy"]):
+            rows.append([group.removeprefix(prefix), *(
+                scipy.stats.spearmanr([r2[0][m][name]["mean"] for m in methods], [np.mean(values) for values in scores[kind]]).statistic
+                for kind in scores for name in ("r2", "r2_within"))])
     if not rows:
         return ""
     rows.append(["mean", *np.mean([row[1:] for row in rows], 0)])
-    return (f"\nRank correlation (Spearman) of R² on the SFT policy and final greedy pass@1, over the {len(methods)} filters of a row:\n\n"
-            + markdown([prefix.strip("_"), "pooled R²", "R² within prompts"], [[row[0], *(f"{x:+.2f}" for x in row[1:])] for row in rows]))
+    return (f"\nRank correlation (Spearman) of R² on the SFT policy and final pass@1, over the {len(methods)} filters of a row:\n\n"
+            + markdown([prefix.strip("_"), *(f"{kind}: {name}" for kind in ("greedy", "sampled") for name in ("pooled R²", "R² within prompts"))],
+                       [[row[0], *(f"{x:+.2f}" for x in row[1:])] for row in rows]))
 
 
 def plot_training(records, path, methods=FILTERS[:5]):  # in the colours of the figure of the profiles
