@@ -23,7 +23,7 @@ what is moderate among all responses is often the best of one prompt.
 
 v is a number from a hash of the text (`--noise hash`: nobody can learn it) or the place of the response's length
 among the SFT responses to all prompts (`--noise length`: a policy can, and gains reward by writing longer programs; long prompts
-have long responses, so over all pairs accuracy is 0.68 to 0.73 then, within a prompt 0.74 to 0.76). The reward
+have long responses, so over all pairs accuracy is 0.68 to 0.73 then, within a prompt 0.74 to 0.78). The reward
 is the quantile of the standard normal distribution at the place of the response among those of the SFT policy: rewards are
 distributed alike in all profiles. What remains of the reward model is the critic's first weights, in all of them the same.
 
