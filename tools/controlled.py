@@ -11,9 +11,8 @@ ones stand:
     high         29% are; they stand above all others: nobody can tell what a high reward is worth
     low          29% are; they stand below all others
     everywhere   50% are, spread over all others
-    middle_ranks within one prompt, not over all: its best and its worst response are right, the rewards of those between
-                 are dealt anew among them. BW and BoN then train on what they do with a clean reward (of equal
-                 responses another one may be kept, and the order of a minibatch differ)
+    middle_ranks within one prompt, not over all: its best and its worst text are right, the rewards of those between
+                 are dealt anew among them. BW and BoN then train on what they do with a clean reward
 
 The shares are such that `moderate` to `everywhere` each put three of four pairs (one that passes, one that fails) in the right
 order: as reward models they are equally accurate, and differ in where they err. Half of a pair's chance is lost where both are
@@ -22,7 +21,7 @@ of five responses is disturbed in 76% of the prompts under `moderate`, 73% under
 what is moderate among all responses is often the best of one prompt.
 
 v is a number from a hash of the text (`--noise hash`: nobody can learn it) or the place of the response's length
-among the SFT responses to all prompts (`--noise length`: a policy can, and gains reward by writing longer programs; long prompts
+among the SFT responses to a thousand prompts (`--noise length`: a policy can, and gains reward by writing longer programs; long prompts
 have long responses, so over all pairs accuracy is 0.68 to 0.73 then, within a prompt 0.74 to 0.78). The reward
 is the quantile of the standard normal distribution at the place of the response among those of the SFT policy: rewards are
 distributed alike in all profiles. What remains of the reward model is the critic's first weights, in all of them the same.
@@ -108,10 +107,12 @@ class ProfileReward:
         if self.profile == "middle_ranks":
             for first in range(0, len(rewards), self.per_prompt):
                 rows = range(first, first + self.per_prompt)
-                middle = sorted(rows, key=lambda k: rewards[k])[1:-1]
-                dealt = [rewards[k] for k in sorted(middle, key=lambda k: hash_number(f"{keys[k]}/{k}", "dealt"))]
-                for k, reward in zip(middle, dealt):
-                    rewards[k] = reward
+                reward_of = {keys[k]: rewards[k] for k in rows}  # by text: the twin of the best is no middle one
+                middle = sorted(reward_of, key=reward_of.get)[1:-1]
+                dealt = [reward_of[text] for text in sorted(middle, key=lambda text: hash_number(f"{text}/{first}", "dealt"))]
+                reward_of.update(zip(middle, dealt))
+                for k in rows:
+                    rewards[k] = reward_of[keys[k]]
         return torch.tensor(rewards) * self.std + self.mean
 
     def undisturbed(self, key, share_passed):
@@ -149,9 +150,10 @@ def main():
     policy = cfg.policy if args.stage == "ppo" else cfg.policies[0]
     config = stage.AutoConfig.from_pretrained(cfg.reward_model)
     stage.score_responses = ProfileReward(stage, stage.load_tokenizer(policy), problems, samples[:5000], args.profile,
-                                          args.noise, cfg.timeout, config.reward_mean, config.reward_std, cfg.responses_per_prompt)
+                                          args.noise, cfg.timeout, config.reward_mean, config.reward_std,
+                                          stage.rollout_shape(cfg)[1] if args.stage == "ppo" else cfg.responses_per_prompt)
     # Profile and noise become settings of the run, so that another one is not taken for finished, or resumed.
-    own = [(name, str, dataclasses.field(default=getattr(args, name))) for name in ("profile", "noise")]
+    own = [(name, str, dataclasses.field(default=getattr(args, name))) for name in ("profile", "noise", "samples")]
     stage.main(dataclasses.make_dataclass("Config", own, bases=(stage.Config,))(**dataclasses.asdict(cfg)))
 
 
