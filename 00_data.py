@@ -81,7 +81,7 @@ class Config:
     hard_flaws: list[float] = shares(0.62, 0.7)  # tiny: range of their flaw probabilities
     easy_flaws: list[float] = shares(0.05, 0.3)  # tiny: range of the others'; more lowers sampled SFT accuracy
     usual_flaw: float = 0.85  # tiny: share of flaws that are their kind's usual one; high, so that greedy picks it
-    missing_step: float = 0.025  # tiny: share of flaws that are a missing step; at 0.25 the RM learns length alone
+    missing_step: float = 0.025  # tiny: share of missing steps among flaws of steps that keep the type; at 0.25 the RM learns length alone
 
 
 # ---- helpers (same name, same code in every stage) ----
@@ -504,7 +504,10 @@ def draw_chain(length, steps, rng):
     """A well-typed chain of `length` different kinds of step."""
     value, chain = rng.choices(["list", "text", "number"], [45, 35, 20])[0], []
     for _ in range(length):
-        chain.append(rng.choice([step for step in steps if step.takes == value and step not in chain]))
+        possible = [step for step in steps if step.takes == value and step not in chain]
+        if not possible:
+            fail(f"no step of --kinds {len(steps)} is left that takes a {value}; raise --kinds, or ask for shorter chains (--lengths)")
+        chain.append(rng.choice(possible))
         value = chain[-1].gives
     return chain
 
@@ -857,7 +860,8 @@ def leetcode_problem(record):
             test_input = source.removeprefix("test_input = ")
         else:
             setup.append(source)
-    return {"task_id": record["task_id"], "prompt": record["prompt"], "prefix": LEETCODE_PREAMBLE + record["prompt"],
+    # The file's prompt ends in the open indent of the body. A model would have to go on from blanks, which it never saw.
+    return {"task_id": record["task_id"], "prompt": record["prompt"].rstrip(" "), "prefix": LEETCODE_PREAMBLE + record["prompt"],
             "setup": "\n".join(setup) + "\n", "entry_point": "Solution", "tests": tests, "solution": None,
             "source": "leetcode"}
 

@@ -68,7 +68,7 @@ class Config:
     plain: bool = False  # prompts without the chat template, which some base models' tokenizers have, too; all stages follow
     max_length: int = 512  # tokens of prompt and response; longer examples are left out, and counted
     validation_share: float = 0.05  # share of the examples held out for the validation loss
-    log_every: int = 50  # optimiser steps between two lines of the log
+    log_every: int = 50  # optimiser steps between two lines of the log; 0: the last alone
     save_every: int = 100  # optimiser steps between two saves for --resume, three times the model's size; 0: none
     resume: bool = False  # go on from the last save of an interrupted run
     vocab_size: int = 1024  # scratch only: tokens of the byte-level BPE tokenizer at most, at least 258
@@ -701,7 +701,7 @@ def main(cfg):
     started = time.time()
     out, work = Path(cfg.out), Path(f"{cfg.out}.work")
     settings = dataclasses.replace(cfg, resume=False)
-    if (out / "stage_config.json").is_file() or not cfg.resume:
+    if not (cfg.resume and work.exists()) or (out / "stage_config.json").is_file():  # nothing of another's is written over
         if finished(settings, out):
             shutil.rmtree(work, ignore_errors=True)  # a kill at the very end leaves it
             return
@@ -803,7 +803,7 @@ def main(cfg):
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(step_loss)
-        if step % cfg.log_every == 0 or step == steps:
+        if (cfg.log_every and step % cfg.log_every == 0) or step == steps:
             metrics.append({"step": step, "train_loss": sum(losses) / len(losses), "validation_loss": validation_loss(),
                             "lr": scheduler.get_last_lr()[0], "seconds": round(time.time() - started, 1)})
             losses = []

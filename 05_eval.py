@@ -75,7 +75,10 @@ def pass_at_k(n, c, k):
 
 
 def bootstrap_interval(values, rng, resamples=10_000):
-    """95% percentile interval of the mean of per-problem values, (P,): problems are drawn with replacement."""
+    """95% percentile interval of the mean of per-problem values, (P,): problems are drawn with replacement.
+
+    It has no width where all values are equal: 20 of 20 gives [1, 1].
+    """
     values = np.asarray(values, dtype=float)
     # Drawing counts is drawing problems, in a matrix of (resamples, P) small integers.
     counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
@@ -509,6 +512,15 @@ def main(cfg):
         fail(f"pass@{max(cfg.ks)} needs at least {max(cfg.ks)} samples; raise --samples ({cfg.samples}) or lower --ks")
     benchmarks = {path: read_jsonl(path, PROBLEM_FIELDS) for path in cfg.problems}
     device = set_up(cfg.threads)
+    for path in cfg.policies:  # what is wrong with the last one is said before the first one runs
+        if path != "canonical":
+            tokenizer, config = load_tokenizer(path, cfg.plain), AutoConfig.from_pretrained(path)
+        for benchmark, problems in benchmarks.items():
+            missing = [problem["task_id"] for problem in problems if not problem.get("solution")]
+            if path != "canonical":
+                check_lengths(problems, [encode_prompt(tokenizer, problem["prompt"]) for problem in problems], cfg.max_new_tokens, config)
+            elif missing:
+                fail(f"{benchmark}: {len(missing)} problems have no solution ({missing[0]} ...); leave out 'canonical'")
     results, records, greedy_outcomes = [], [], {}
     for path in cfg.policies:
         if path != "canonical":
@@ -520,13 +532,9 @@ def main(cfg):
 
             # ---- responses: for each problem the greedy one, then the sampled ones
             if path == "canonical":
-                missing = [problem["task_id"] for problem in problems if not problem.get("solution")]
-                if missing:
-                    fail(f"{benchmark}: {len(missing)} problems have no solution ({missing[0]} ...); leave out 'canonical'")
                 groups = [[(problem["solution"], False)] for problem in problems]
             else:
                 prompt_ids = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
-                check_lengths(problems, prompt_ids, cfg.max_new_tokens, policy.config)
                 generator = torch.Generator(device).manual_seed(cfg.seed)
                 with autocast(device):
                     greedy = generate(policy, tokenizer, prompt_ids, 1, cfg.max_new_tokens, 0.0, None, cfg.generate_batch_size,

@@ -850,7 +850,8 @@ def iteration_prompts(count, per_iteration, iteration, seed):
 
 
 def call_outputs(problems, codes, calls, workers, timeout):
-    """What programs give for some calls -> for each program a list of outputs, one-tuples, None where a call failed.
+    """What programs give for some calls -> for each program a list of outputs, one-tuples, None where a call failed or
+    stands behind one that used up the program's time.
 
     The program itself prints them, so they are its own word: good enough for a vote, where a lie costs one voice. Verdicts
     come from the sandbox's tests.
@@ -893,6 +894,8 @@ class Lesson:
     sft_batch_size: int
     sft_seed: int
     max_length: int
+    max_grad_norm: float
+    ask: str
 
 
 def teach_both_tasks(cfg, device):
@@ -901,10 +904,12 @@ def teach_both_tasks(cfg, device):
     lesson = Lesson(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Lesson)})
     if finished(lesson, cfg.both_tasks):
         return
-    before, _, behind = cfg.ask.partition("{prompt}")
+    form = re.escape(cfg.ask)
+    for name in ("{prompt}", "{entry_point}"):
+        form = form.replace(re.escape(name), ".*")
     tasks = {"solve": read_jsonl(cfg.sft_data, EXAMPLE_FIELDS), "tests": read_jsonl(cfg.tests_data, EXAMPLE_FIELDS)}
     for number, record in enumerate(tasks["tests"], 1):
-        if not (record["prompt"].startswith(before) and record["prompt"].endswith(behind)):
+        if not re.fullmatch(form, record["prompt"], re.S):
             fail(f"{cfg.tests_data}, line {number}: the prompt is not of the form of --ask {cfg.ask!r}; the policy would be "
                  "taught one way of asking and asked in another")
     tokenizer = load_tokenizer(cfg.policy)
@@ -922,11 +927,12 @@ def teach_both_tasks(cfg, device):
         kept = [e for e in examples if len(e[0]) + len(e[1]) <= limit]
         if len(kept) < len(examples):
             print(f"{task}: left out {len(examples) - len(kept)} of {len(examples)} examples longer than {limit} tokens")
+        if len(kept) < 2:
+            path = cfg.sft_data if task == "solve" else cfg.tests_data
+            fail(f"{path} leaves {len(kept)} examples, of which one is held out; give more or raise --max_length ({limit})")
         rng.shuffle(kept)
         count = max(1, len(kept) // 20)
         held_out[task], train = kept[:count], train + kept[count:]
-    if not train:
-        fail(f"{cfg.sft_data} and {cfg.tests_data} leave no example to train on; give more or raise --max_length ({limit})")
     lengths = [len(prompt) + len(response) for prompt, response in train]
 
     # ---- train as stage 1 does
@@ -1043,6 +1049,8 @@ def main(cfg):
     problems, validation = read_jsonl(cfg.data, PROBLEM_FIELDS), read_jsonl(cfg.validation, PROBLEM_FIELDS)
     if not any(problem["entry_point"] for problem in problems):
         fail(f"{cfg.data}: no problem names its entry_point, so that no test can be told to be about it")
+    if cfg.outputs == "reference" and not any(problem.get("solution") for problem in problems):
+        fail(f"{cfg.data}: no problem has a solution, which --outputs reference runs")
     device = set_up(cfg.threads)
 
     # ---- the lesson; then the policy learns, and the model it starts from is reference, writer and, offline, sampler

@@ -869,7 +869,8 @@ def program(problem, response):
         code = next((b for b in reversed(blocks) if defines(b, entry_point)), blocks[0])
         before = response[:response.index("```")]
         if response.count("```") == 1 and before.strip() and not defines(code, entry_point): code = before  # only the end fence
-    return (complete_part(prefix) if defines(code, entry_point) else prefix) + code
+    if defines(code, entry_point): return complete_part(prefix) + code
+    return (prefix.rstrip(" \t") if code[:1] in (" ", "\t") else prefix) + code        # an open indent, or the response's own
 
 # ---------------------------------------------------------------- command line
 

@@ -76,7 +76,8 @@ done
 # The solutions of HumanEval must pass: if they do not, the sandbox cannot work on this machine.
 stage 05_eval.py --policies canonical --problems "$DATA/humaneval/test.jsonl" --samples 0 --timeout 3 --out "$OUT/eval_canonical"
 if [ -z "${PLAN:-}" ] && ! grep -q "^canonical  *1.000" "$OUT/eval_canonical/table.txt"; then
-    echo "one_gpu.sh: error: solutions of HumanEval fail in the sandbox ($OUT/eval_canonical/samples.jsonl); no label can be trusted" >&2
+    rm -rf "$OUT/eval_failed"; mv "$OUT/eval_canonical" "$OUT/eval_failed"    # so that the next call asks again
+    echo "one_gpu.sh: error: solutions of HumanEval fail in the sandbox ($OUT/eval_failed/samples.jsonl); no label can be trusted" >&2
     exit 2
 fi
 

@@ -115,6 +115,28 @@ def test_more_k_than_samples(evaluation, world, capsys):
     refused(capsys, world, lambda: evaluation.main(cfg), "pass@5", "--samples")
 
 
+@pytest.mark.parametrize("last, words", [("out/typo", "no model at out/typo"), ("canonical", "no solution")])
+def test_the_last_policy_is_checked_before_the_first_one_runs(evaluation, world, capsys, monkeypatch, last, words):
+    (world / "problems.jsonl").write_text(json.dumps({**PROBLEM, "solution": None}) + "\n")
+    monkeypatch.setattr(evaluation, "generate", lambda *args, **kwargs: pytest.fail("work that would be lost"))
+    cfg = evaluation.Config(policies=["policy", last], problems=["problems.jsonl"], out="o", samples=0, max_new_tokens=4)
+    refused(capsys, world, lambda: evaluation.main(cfg), words)
+
+
+@pytest.mark.parametrize("flags", [dict(holdout_share=15.0), dict(holdout_share=0.0), dict(label_noise=2.0), dict(max_pairs=-1)])
+def test_shares_of_the_reward_model_are_checked_before_it_samples(rm, world, capsys, flags):
+    refused(capsys, world, lambda: rm.main(rm.Config(data="problems.jsonl", policy="policy", out="o", **flags)), "--holdout_share",
+            "--label_noise", "--max_pairs")
+
+
+@pytest.mark.parametrize("script", ["01_sft.py", "02_reward_model.py"])
+def test_resume_does_not_replace_a_folder_of_somebody_else(script, world, capsys):
+    module = load_script(script)
+    (world / "out/sft").mkdir(parents=True)
+    (world / "out/sft/weights").write_text("dear")
+    refused(capsys, world, lambda: module.main(module.Config(data="problems.jsonl", out="out", resume=True)), "holds no finished run")
+
+
 def test_canonical_needs_solutions(evaluation, world, capsys):
     (world / "problems.jsonl").write_text(json.dumps({**PROBLEM, "solution": None}) + "\n")
     cfg = evaluation.Config(policies=["canonical"], problems=["problems.jsonl"], out="o", samples=0)

@@ -395,12 +395,15 @@ def test_leetcode(tmp_path):
     for problem in splits["test"]:
         assert len(problem["tests"]) == 100 and problem["entry_point"] == "Solution" and problem["solution"] is None
         compile(problem["prefix"] + "pass\n", "prefix", "exec")
+        assert problem["prefix"].rstrip(" ").endswith(problem["prompt"]) and problem["prompt"].endswith(":\n")
         compile(problem["setup"] + "\n".join(problem["tests"]), "tests", "exec")
         assert not any("test_input" in test for test in problem["tests"])
     pushes = next(problem for problem in splits["test"] if problem["task_id"].endswith("pushes-to-type-word-i"))
     double = next(problem for problem in splits["test"] if "double-a-number" in problem["task_id"])
     answers = [
         (pushes, "return sum(place // 8 + 1 for place in range(len(word)))\n", True),
+        (pushes, "        total = 0\n        for place in range(len(word)):\n            total += place // 8 + 1\n        return total\n", True),
+        (pushes, "```python\n        places = range(len(word))\n        return sum(place // 8 + 1 for place in places)\n```", True),
         (pushes, "return len(word)\n", False),
         (pushes, "```python\nclass Solution:\n    def minimumPushes(self, word):\n"
                  "        return sum(place // 8 + 1 for place in range(len(word)))\n```\n", True),
@@ -437,3 +440,10 @@ def test_hub_names_and_configurations(monkeypatch):
     for dataset in stage.DATASETS[1:]:
         assert stage.hub_records(dataset) == [(f"{stage.HUB[dataset][0]}, split train, record 1", {"a": 1})]
     assert asked == list(stage.HUB.values()) and set(stage.HUB) == set(stage.FIELDS) == set(stage.DATASETS[1:])
+
+
+def test_kinds_that_cannot_make_a_chain(capsys):
+    """Three kinds of step, of which none may take what the one before gives."""
+    with pytest.raises(SystemExit) as stop:
+        stage.tiny_splits(stage.Config(kinds=3))
+    assert stop.value.code == 2 and "--kinds 3 is left that takes a" in capsys.readouterr().err

@@ -347,11 +347,15 @@ def test_an_interrupted_run_resumes_to_the_same_metrics(finished_run, pipeline, 
     (dict(both_tasks="out/plum/other", tests_data="data/nothing.jsonl"), "data/nothing.jsonl does not exist"),
     (dict(both_tasks="out/plum/other", ask="{prompt}# checks\n"), "line 1: the prompt is not of the form of --ask"),
     (dict(sft_epochs=1.0), "out/plum/sft holds a run with other settings"),
+    (dict(max_grad_norm=0.5), "max_grad_norm was 1.0, now 0.5"), (dict(ask="Tests of\n{prompt}"), "ask was"),
+    (dict(both_tasks="out/plum/other", max_length=4), "leaves 0 examples, of which one is held out"),
+    (dict(data="data/unsolved.jsonl", outputs="reference"), "no problem has a solution"),
     (dict(policy="out/nothing", sft_epochs=0.0), "no model at out/nothing")], ids=lambda value: str(value)[:24])
 def test_bad_input_is_one_line_and_exit_code_2(finished_run, pipeline, plum, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(pipeline["folder"])
     problem = read(pipeline["folder"] / "data/tiny/ppo.jsonl")[0]
     (pipeline["folder"] / "data/nameless.jsonl").write_text(json.dumps({**problem, "entry_point": None}) + "\n")
+    (pipeline["folder"] / "data/unsolved.jsonl").write_text(json.dumps({**problem, "solution": None}) + "\n")
     with pytest.raises(SystemExit) as stop:
         plum.main(config(plum, "out/plum/bad", **flags))
     error = capsys.readouterr().err

@@ -213,6 +213,16 @@ def test_program_takes_the_first_block_when_none_defines_the_entry_point():
     assert program(dict(prefix="", entry_point="f"), "```python\na = 1\n```\n```python\nb = 2\n```").strip() == "a = 1"
 
 
+def test_program_goes_on_from_an_open_indent_or_brings_its_own():
+    """LeetCode's prompts end in the blanks of the body's first line; a chat model writes the body with them, a base model without."""
+    leet = dict(prefix="class Solution:\n    def go(self, x):\n        ", entry_point="Solution")
+    for response in ("return x\n", "        y = x\n        return y\n", "```python\n        y = x\n        return y\n```", "\n        return x\n"):
+        names = {}
+        exec(program(leet, response), names)
+        assert names["Solution"]().go(3) == 3
+    assert program(dict(prefix="x =", entry_point=None), " 5") == "x = 5"
+
+
 def test_program_of_a_problem_without_prefix_or_entry_point():
     assert program(dict(entry_point=None, prefix=None), "def g(): return 1") == "def g(): return 1"
     assert program({}, "x").endswith("x")

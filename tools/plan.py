@@ -102,7 +102,11 @@ def memory_plan(stage, cfg):
     length = cfg.prompt_tokens + cfg.max_new_tokens
     prompts, per_prompt = stage.rollout_shape(cfg)
     rollouts = prompts * per_prompt
-    rows = {"generate": min(cfg.generate_batch_size, rollouts), "score": min(cfg.score_batch_size, rollouts),
+    checked = 0  # validation: one response to each problem, whose file may not be there yet
+    if os.path.isfile(cfg.validation):
+        with open(cfg.validation, encoding="utf-8") as file:
+            checked = min(cfg.generate_batch_size, sum(1 for line in file if line.strip()))
+    rows = {"generate": max(checked, min(cfg.generate_batch_size, rollouts)), "score": min(cfg.score_batch_size, rollouts),
             "train": min(cfg.micro_batch_size, cfg.minibatch_size)}
 
     roles, counted = {}, set()
@@ -130,7 +134,7 @@ def memory_plan(stage, cfg):
         """A block's largest tensors, and the mask of padded batches: bool and its float form."""
         return count * tokens * (3 * inner + 4 * width) * size + 3 * count * tokens**2
 
-    parts["prefill"] = without_gradients(max(1, rows["generate"] // per_prompt), cfg.prompt_tokens)
+    parts["prefill"] = without_gradients(max(1, checked, rows["generate"] // per_prompt), cfg.prompt_tokens)
     phases = {"generate": held + sum(parts.values()),
               "score": held + copies + without_gradients(rows["score"], length) + logits(rows["score"])}
     for role in (r for r in ("critic", "policy") if r in models):
