@@ -40,7 +40,7 @@ STARTS = {"sft": "out/sft", "plum_sft": "out/plum/sft"}  # what training starts 
 EQUAL_PASSES = 1920  # responses that the policy trains on: PPO-M's in 10 iterations, BR's, BW's and random2's in 22
 RMS = {"pairs_50": ["--max_pairs", "50", "--epochs", "20"], "pairs_300": ["--max_pairs", "300", "--epochs", "8"],
        "pairs_1000": ["--max_pairs", "1000", "--epochs", "4"], "noise_0.2": ["--label_noise", "0.2"],
-       "noise_0.4": ["--label_noise", "0.4"], "pairs_all": []}  # all: 4,979; that of runs/tiny.sh
+       "noise_0.4": ["--label_noise", "0.4"], "pairs_all": []}  # all: about 5,000, as in runs/tiny.sh, but on one thread, with other digits
 PROFILES = [("clean", "hash"), ("moderate", "hash"), ("high", "hash"), ("low", "hash"), ("everywhere", "hash"),
             ("middle_ranks", "hash"),
             ("moderate", "length"), ("high", "length"), ("everywhere", "length")]
