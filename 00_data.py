@@ -958,6 +958,9 @@ def main(cfg):
     if cfg.dataset == "tiny":
         flawed = sum(record["flaw"] is not None for record in splits["sft"])
         hard = [kind for kind, rate in flaw_rates(cfg).items() if rate > 0.5]
+        chains = {tuple(record["steps"]) for record in splits["validation"]}
+        shared = sum(tuple(record["steps"]) in chains for record in splits["test"])
+        print(f"{shared} of {len(splits['test'])} test problems are a validation problem in other words")
         print(f"{flawed} of {len(splits['sft'])} SFT solutions are flawed; of {cfg.kinds} kinds of step these are "
               f"mostly wrong: {', '.join(hard)}")
 

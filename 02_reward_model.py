@@ -12,7 +12,8 @@ Writes  out/rm/                  an ordinary Hugging Face folder (AutoModelForSe
                                   "actual_score": 0.0, "passed_tests": 2, "total_tests": 6, "status": "failed", ...}
         out/rm/pairs.jsonl       {"task_id": "tiny/rm/0", "prompt": "...", "chosen": "...", "rejected": "...",
                                   "edit_distance": 3}
-        out/rm/accuracy.json     accuracy on held-out prompts, over all pairs, over largest-edit pairs, by kind of flaw
+        out/rm/accuracy.json     accuracy on held-out prompts, over all pairs, over largest-edit pairs, by kind of flaw, by whether
+                                 the program is new
         out/rm.work/             what --resume needs, until the stage is finished: the tested responses, the state of training
 
 Run     python 02_reward_model.py
@@ -23,7 +24,7 @@ Which pairs to train on. The paper takes one pair a prompt, the one with the lar
 accuracy on held-out pairs is 0.84 with one pair a prompt and two epochs (108 steps), 0.88 with five epochs (270), and 0.89 with all
 pairs and two epochs (312): most of the difference is the number of steps.
 
-Held-out prompts are new texts; on the tiny set 44% of them ask for a program that a training prompt asks for in other words.
+Held-out prompts are new texts; some ask for a program that a training prompt asks for in other words, and have a row of their own.
 """
 
 import argparse
@@ -1116,6 +1117,11 @@ def main(cfg):
     groups = {"all pairs": test, "largest-edit pairs": [t for t in test if t[3]]}
     for t in test:
         groups.setdefault(flaw_kind(responses[t[0]][t[1]], responses[t[0]][t[2]]), []).append(t)
+    # Prompts are held out, not programs: the tiny set asks for some of them again in other words.
+    known = {problem.get("solution") for p, problem in enumerate(problems) if p not in heldout} - {None}
+    seen = [t for t in test if problems[t[0]].get("solution") in known]
+    if 0 < len(seen) < len(test):
+        groups.update({"program in training": seen, "new program": [t for t in test if problems[t[0]].get("solution") not in known]})
     table = {name: accuracy(subset) for name, subset in groups.items()}
     print(f"\naccuracy on {len({t[0] for t in test})} held-out prompts (pairs: {cfg.pairs})")
     print(f"{'pairs':<22}{'number':>7}{'RM, 95% interval':>24}{'shorter is better':>20}")

@@ -399,6 +399,30 @@ def test_a_reward_with_its_sign_flipped_falls(pipeline, ppo, rm, monkeypatch):
     assert sum(rewards["rm"][-3:]) / 3 > start + 0.2 and sum(rewards["flipped_rm"][-3:]) / 3 < start - 0.4
 
 
+def test_a_true_reward_with_its_sign_flipped_makes_the_policy_worse(pipeline, ppo, monkeypatch):
+    """With the true tests as reward (tools/controlled.py) and its sign flipped PPO unlearns what SFT knew; with the true one it does not.
+
+    Not with the small reward model of these tests: raising that one's reward costs true passes, whatever its sign.
+    """
+    monkeypatch.chdir(pipeline["folder"])
+    sys.path.insert(0, str(ROOT / "tools"))
+    import controlled
+
+    statistics = ppo.AutoConfig.from_pretrained("out/rm")
+    problems = [problem for split in ("ppo", "validation") for problem in read(pipeline["folder"] / f"data/tiny/{split}.jsonl")]
+    reward = controlled.ProfileReward(ppo, ppo.load_tokenizer("out/sft"), problems, read(pipeline["folder"] / "out/rm/samples.jsonl"),
+                                      "clean", "hash", 1.0, statistics.reward_mean, statistics.reward_std, 5)
+    before, after = {}, {}
+    for name, sign in (("true", 1), ("flipped", -1)):
+        monkeypatch.setattr(ppo, "score_responses", lambda *args: statistics.reward_mean + sign * (reward(*args) - statistics.reward_mean))
+        ppo.main(ppo.Config(strategy="none", iterations=10, prompts_per_iteration=12, minibatch_size=20, critic_warmup=1, lr=3e-4,
+                            out=f"out/ppo_{name}", eval_every=100, kl_coef=0.05))
+        metrics = read(pipeline["folder"] / f"out/ppo_{name}/metrics.jsonl")
+        before[name], after[name] = metrics[0]["validation_pass_at_1"], metrics[-1]["validation_pass_at_1"]
+    assert before["true"] == before["flipped"]
+    assert after["flipped"] < before["true"] - 0.15 and after["flipped"] < after["true"] - 0.1
+
+
 def test_reading_the_output_of_each_stage_needs_no_stage_flag(pipeline):
     """Each stage printed its share of the time, and where its output is."""
     for name in ("01_sft", "02_reward_model", "03_r2_analysis", "04_pf_ppo", "05_eval"):
