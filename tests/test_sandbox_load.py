@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -157,6 +158,30 @@ def test_two_callers_do_not_disturb_each_other():
     body = "r = sandbox.run_many([dict(code=f'open(\"x\", \"w\").write(\"{i}\")\\ndef f(): return [open(\"x\").read(), __import__(\"os\").listdir(\".\")]', tests=[f'assert f() == [\"{i}\", [\"x\"]]'], entry_point='f') for i in range(100)], workers=2)\nprint(sum(x.passed for x in r))"
     both = [script(body), script(body)]
     assert [p.communicate(timeout=60)[0].strip() for p in both] == ["100", "100"]
+
+
+def test_each_helper_has_a_core_of_its_own_as_long_as_there_are_any():
+    """Also among callers: the name of a core that is taken belongs to a helper of whoever came first."""
+    sandbox.close()
+    everything, held = os.sched_getaffinity(0), {}
+    for core in everything:
+        held[core] = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try: held[core].bind(f"\0sandbox.py on core {core}")
+        except OSError: held.pop(core).close()         # of another process on this machine
+    if len(held) < 2: pytest.skip("fewer than two cores are free")
+    first, second = sorted(held)[:2]
+    job = dict(code="import os, time\nprint(sorted(os.sched_getaffinity(0)))\ntime.sleep(0.5)", tests=["pass"])
+    where = lambda: sorted(r.stdout.strip() for r in sandbox.run_many([job] * 3, workers=3))
+    try:
+        os.sched_setaffinity(0, {first, second})
+        held[second].close()
+        assert where() == sorted([f"[{second}]", f"[{first}, {second}]", f"[{first}, {second}]"])
+        held[first].close(), sandbox.close()
+        assert where() == sorted([f"[{first}]", f"[{second}]", f"[{first}, {second}]"])
+    finally:
+        for name in held.values(): name.close()
+        os.sched_setaffinity(0, everything)
+        sandbox.close()
 
 
 def test_threads_of_one_caller_do_not_disturb_each_other():
