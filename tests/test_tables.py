@@ -76,16 +76,17 @@ def test_r2_predicts_within_a_profile():
     records = [record(m, seed, 0.5 + 0.02 * k, group=group) for k, m in enumerate(methods) for seed in range(2)]
     records.append({"group": group, "method": "r2", "seed": 0, "r2": {"sft": r2}})
     records += [{**r, "group": "profile_high_hash"} for r in records if r["method"] != "bon"]
-    lines = [line for line in tables.prediction(records, "profile_").splitlines() if line.startswith("|")]
+    lines = [line for line in tables.prediction(records, "profile_", "profile", methods).splitlines() if line.startswith("|")]
     assert lines[2:] == ["| low_hash | -1.00 | +1.00 | +1.00 | -1.00 |", "| mean | -1.00 | +1.00 | +1.00 | -1.00 |"]
     records.append(record("bw", 2, 0.99, group=group))  # a seed that the others do not have: left out
-    greedy, sampled = tables.sweep_table(records, "profile_", "profile").split("Sampled pass@1")
+    greedy, sampled = tables.sweep_table(records, tables.settings("profile_"), "profile", tables.FILTERS[:5]).split("Sampled pass@1")
     row = {part: [c.strip() for c in line.split("|")[2:-1]] for part, text in (("greedy", greedy), ("sampled", sampled))
            for line in text.splitlines() if line.startswith("| low_hash")}
-    assert row["sampled"][:5] == ["2", "50.0 ± 0.0", "48.0 ± 0.0", "44.0 ± 0.0", "46.0 ± 0.0"]  # PPO-M, random2, BR, BW: 1 - greedy
-    assert row["greedy"][7:11] == ["50.0 ± 0.0", "52.0 ± 0.0", "56.0 ± 0.0", "54.0 ± 0.0"] and row["greedy"][-3:] == ["+4.0 ± 0.0", "+2.0 ± 0.0", "+4.0 ± 0.0"]
+    assert row["sampled"][:5] == ["2", "50.0 ± 0.0", "48.0 ± 0.0", "46.0 ± 0.0", "44.0 ± 0.0"]  # PPO-M, random2, BW, BR: 1 - greedy
+    assert row["greedy"][6:10] == ["50.0 ± 0.0", "52.0 ± 0.0", "54.0 ± 0.0", "56.0 ± 0.0"] and row["greedy"][-3:] == ["+4.0 ± 0.0", "+2.0 ± 0.0", "+4.0 ± 0.0"]
     assert row["sampled"][-3:] == ["-4.0 ± 0.0", "-2.0 ± 0.0", "-4.0 ± 0.0"]
-    assert "| -0.40 / 0.40 |" in tables.sweep_table(records, "profile_", "profile") and tables.prediction([], "profile_") == ""
+    assert "RM accuracy" not in greedy  # empty in every row
+    assert "| -0.40 / 0.40 |" in tables.sweep_table(records, tables.settings("profile_"), "profile", tables.FILTERS[:5]) and tables.prediction([], "profile_", "profile", methods) == ""
 
 
 def test_every_run_of_the_plan_is_a_command_that_its_script_takes(monkeypatch):

@@ -29,7 +29,7 @@ import scipy.stats
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, WORK = Path("results"), Path("out/tables")  # in the folder where data/ and out/ are
-NAMES = {"none": "PPO-M", "bw": "BW", "br": "BR", "bon": "BoN"}  # in figures
+NAMES = {"none": "PPO-M", "bw": "BW", "br": "BR", "bon": "BoN"}  # in figures and sweeps
 FILTERS = ["none", "random2", "bw", "br", "bon", "single", "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3"]
 MEASURING = ["auto", "learned"]
 CRITIC_FREE = {"rloo": ("none", "rloo"), "rloo_random2": ("random2", "rloo"), "rloo_bw": ("bw", "rloo"),
@@ -41,6 +41,7 @@ EQUAL_PASSES = 1920  # responses that the policy trains on: PPO-M's in 10 iterat
 RMS = {"pairs_50": ["--max_pairs", "50", "--epochs", "20"], "pairs_300": ["--max_pairs", "300", "--epochs", "8"],
        "pairs_1000": ["--max_pairs", "1000", "--epochs", "4"], "noise_0.2": ["--label_noise", "0.2"],
        "noise_0.4": ["--label_noise", "0.4"], "pairs_all": []}  # all: about 5,000, as in runs/tiny.sh, but on one thread, with other digits
+KL_SWEEP = {"kl_1.0": "1", "main": "0.3", "kl_0.1": "0.1", "kl_0.03": "0.03"}  # group: coefficient
 PROFILES = [("clean", "hash"), ("moderate", "hash"), ("high", "hash"), ("low", "hash"), ("everywhere", "hash"),
             ("middle_ranks", "hash"),
             ("moderate", "length"), ("high", "length"), ("everywhere", "length")]
@@ -372,11 +373,22 @@ def table_6(records):
                     rows)
 
 
-def sweep_table(records, prefix, label):
-    """One row a setting, one column a filter: last greedy and sampled pass@1, and differences paired by seed. Only seeds that all
-    filters of a row have, since a mean over others would be unfair."""
-    rows, methods = {"greedy": [], "sampled": []}, ("none", "random2", "br", "bw", "bon")
-    for group in dict.fromkeys(run["group"] for run in plan() if run["group"].startswith(prefix)):
+def settings(prefix):
+    """{group: name} of the groups of a sweep."""
+    return {run["group"]: run["group"].removeprefix(prefix) for run in plan() if run["group"].startswith(prefix)}
+
+
+def filled(head, rows):
+    """A table without the columns that are empty in every row."""
+    kept = [k for k in range(len(head)) if any(row[k] != "" for row in rows)]
+    return markdown([head[k] for k in kept], [[row[k] for k in kept] for row in rows])
+
+
+def sweep_table(records, groups, label, methods):
+    """One row a setting of `groups` {group: name}, one column a filter: last greedy and sampled pass@1, and differences paired by seed.
+    Only seeds that all filters of a row have, since a mean over others would be unfair."""
+    rows = {"greedy": [], "sampled": []}
+    for group, name in groups.items():
         done = [m for m in methods if m in methods_of(records, group)]
         if not done:
             continue
@@ -388,34 +400,37 @@ def sweep_table(records, prefix, label):
         measured = [f"{r2[0][m]['r2']['mean']:.2f} / {r2[0][m]['r2_within']['mean']:.2f}" if r2 else "" for m in methods]
         for kind in rows:
             rows[kind].append([
-                group.removeprefix(prefix), len(seeds), *([accuracy, *measured] if kind == "greedy" else []),
+                name, len(seeds), *([accuracy, *measured] if kind == "greedy" else []),
                 *(cell(list(by_seed(fair, group, m, test("last", kind)).values())) for m in methods),
                 *(cell(paired(fair, group, m, other, test("last", kind)), sign=True)
                   for m, other in (("br", "random2"), ("bw", "random2"), ("bw", "none")))])
-    names = ["PPO-M", "random2", "BR", "BW", "BoN"]
+    names = [NAMES.get(m, m) for m in methods]
     columns = [*names, "BR − random2", "BW − random2", "BW − PPO-M"]
     if not rows["greedy"]:
         return "Not run yet.\n"
-    return (markdown([label, "seeds", "RM accuracy", *(f"R² {name}" for name in names), *columns], rows["greedy"])
-            + "\nSampled pass@1 of the same policies:\n\n" + markdown([label, "seeds", *columns], rows["sampled"]))
+    text = filled([label, "seeds", "RM accuracy", *(f"R² {name}" for name in names), *columns], rows["greedy"])
+    if "R²" in text:
+        text = "R² of the SFT policy's responses, pooled / within prompts (seed 0); then greedy pass@1 of the last iteration:\n\n" + text
+    return text + "\nSampled pass@1 of the same policies:\n\n" + filled([label, "seeds", *columns], rows["sampled"])
 
 
-def prediction(records, prefix):
-    """Within each setting: does the R2 of five filters rank their final scores? Rank correlations, and their mean over settings."""
-    rows, methods = [], FILTERS[:5]
-    for group in dict.fromkeys(run["group"] for run in plan() if run["group"].startswith(prefix)):
+def prediction(records, prefix, label, methods):
+    """Within each setting: does the R2 of the filters rank their final scores? Rank correlations, and their mean over settings."""
+    rows = []
+    for group, name in settings(prefix).items():
         r2 = [r["r2"]["sft"] for r in records if r["group"] == group and r["method"] == "r2"]
-        scores = {kind: [list(by_seed(records, group, m, test("last", kind)).values()) for m in methods]
-                  for kind in ("greedy", "sampled")}
-        if r2 and all(scores["greedy"]):
-            rows.append([group.removeprefix(prefix), *(
-                scipy.stats.spearmanr([r2[0][m][name]["mean"] for m in methods], [np.mean(values) for values in scores[kind]]).statistic
-                for kind in scores for name in ("r2", "r2_within"))])
+        scores = {kind: [by_seed(records, group, m, test("last", kind)) for m in methods] for kind in ("greedy", "sampled")}
+        seeds = set.intersection(*map(set, scores["greedy"]))
+        if r2 and seeds:
+            rows.append([name, *(
+                scipy.stats.spearmanr([r2[0][m][form]["mean"] for m in methods],
+                                      [np.mean([of_method[seed] for seed in seeds]) for of_method in scores[kind]]).statistic
+                for kind in scores for form in ("r2", "r2_within"))])
     if not rows:
         return ""
     rows.append(["mean", *np.mean([row[1:] for row in rows], 0)])
     return (f"\nRank correlation (Spearman) of R² on the SFT policy and final pass@1, over the {len(methods)} filters of a row:\n\n"
-            + markdown([prefix.strip("_"), *(f"{kind}: {name}" for kind in ("greedy", "sampled") for name in ("pooled R²", "R² within prompts"))],
+            + markdown([label, *(f"{kind}: {name}" for kind in ("greedy", "sampled") for name in ("pooled R²", "R² within prompts"))],
                        [[row[0], *(f"{x:+.2f}" for x in row[1:])] for row in rows]))
 
 
@@ -455,8 +470,7 @@ def plot_frontier(records, path):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    settings = {"kl_1.0": "1", "main": "0.3", "kl_0.1": "0.1", "kl_0.03": "0.03"}
-    done = [group for group in settings if any(r["group"] == group and r["method"] in FILTERS for r in records)]
+    done = [group for group in KL_SWEEP if any(r["group"] == group and r["method"] in FILTERS for r in records)]
     if len(done) < 2:
         return
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharex=True)
@@ -479,7 +493,7 @@ def plot_frontier(records, path):
         axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.suptitle(f"Points along a line: KL coefficient {', '.join(settings[group] for group in done)}. Small dots: seeds.")
+    figure.suptitle(f"Points along a line: KL coefficient {', '.join(KL_SWEEP[group] for group in done)}. Small dots: seeds.")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -529,11 +543,12 @@ def show(records):
             ("Table 1: R² of the filters for SFT, middle (iteration 10) and final policy of PPO-M", table_1(records)),
             ("Table 2: all methods at equal numbers of generated samples", NOTE_2 + table_2(records)),
             ("Table 3: does R² on the SFT policy predict the result of training?", table_3(records)),
-            ("Table 4: the reward's reliability set by hand (15 iterations)", sweep_table(records, "profile_", "profile")
-             + prediction(records, "profile_")),
-            ("Table 5: KL coefficient", sweep_table(records, "kl_", "coefficient")),
+            ("Table 4: the reward's reliability set by hand (15 iterations)", sweep_table(records, settings("profile_"), "profile", FILTERS[:5])
+             + prediction(records, "profile_", "profile", FILTERS[:5])),
+            ("Table 5: KL coefficient", sweep_table(records, KL_SWEEP, "coefficient", FILTERS[:4])),
             ("Table 6: what a run costs (seconds depend on what ran beside it, up to fourfold: compare the counts)", table_6(records)),
-            ("Table 7: quality of the reward model (15 iterations)", sweep_table(records, "rm_", "reward model"))):
+            ("Table 7: quality of the reward model (15 iterations)", sweep_table(records, settings("rm_"), "reward model", FILTERS[:4])
+             + prediction(records, "rm_", "reward model", FILTERS[:4]))):
         parts += [f"## {title}\n", text]
     (RESULTS / "tables.md").write_text("\n".join(parts), encoding="utf-8")
     plot_training(records, RESULTS / "training.png")
