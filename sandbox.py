@@ -740,9 +740,10 @@ class Worker:
     def __init__(self):
         import subprocess
         if not sys.platform.startswith("linux"): raise RuntimeError("sandbox.py needs Linux")
-        # T, Z and U take turns: on one core, since waking another costs more. The name keeps the machine's other helpers off it.
+        # T, Z and U take turns: on one core, since waking another costs more. The name keeps other helpers off it, but for those of
+        # another container: hence the random order.
         self.core, cores = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM), os.sched_getaffinity(0)
-        for core in sorted(cores):
+        for core in sorted(cores, key=lambda core: os.urandom(8)):
             try: self.core.bind(f"\0sandbox.py on core {core}")
             except OSError: continue                   # where all are taken, it runs where the kernel puts it
             cores = {core}
