@@ -89,6 +89,17 @@ def test_r2_predicts_within_a_profile():
     assert "| -0.40 / 0.40 |" in tables.sweep_table(records, tables.settings("profile_"), "profile", tables.FILTERS[:5]) and tables.prediction([], "profile_", "profile", methods) == ""
 
 
+def test_the_mean_of_a_sweep_is_taken_within_seeds():
+    """BW is 4 points ahead in one profile, 2 behind in the other, whatever the seed adds: 1 point, without an interval's width."""
+    records = [record(m, seed, 0.5 + lead + 0.1 * seed, group=f"profile_{profile}_hash") for seed in range(3)
+               for profile, leads in (("low", (0, 0.04)), ("high", (0, -0.02))) for m, lead in zip(("random2", "bw"), leads)]
+    records.append(record("bw", 3, 0.99, group="profile_low_hash"))  # not in the other row, nor of random2
+    lines = tables.sweep_table(records, tables.settings("profile_"), "profile", ("random2", "bw")).splitlines()
+    mean = [[c.strip() for c in line.split("|")[2:-1]] for line in lines if line.startswith("| mean")]
+    assert mean == [["3", "60.0 ± 24.8", "61.0 ± 24.8", "+1.0 ± 0.0"], ["3", "40.0 ± 24.8", "39.0 ± 24.8", "-1.0 ± 0.0"]]
+    assert "| mean" not in tables.sweep_table(records, tables.settings("profile_"), "profile", ("random2", "bw"), mean=False)
+
+
 def test_every_run_of_the_plan_is_a_command_that_its_script_takes(monkeypatch):
     plan = tables.plan()
     assert len({tables.key(run) for run in plan}) == len(plan)

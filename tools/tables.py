@@ -384,31 +384,40 @@ def filled(head, rows):
     return markdown([head[k] for k in kept], [[row[k] for k in kept] for row in rows])
 
 
-def sweep_table(records, groups, label, methods):
+def sweep_table(records, groups, label, methods, mean=True):
     """One row a setting of `groups` {group: name}, one column a filter: last greedy and sampled pass@1, and differences paired by seed.
-    Only seeds that all filters of a row have, since a mean over others would be unfair."""
-    rows = {"greedy": [], "sampled": []}
+    Only seeds that all filters of a row have, since a mean over others would be unfair. The last row is the mean of the others."""
+    rows, scores = {"greedy": [], "sampled": []}, {}
+    columns = [*(NAMES.get(m, m) for m in methods), "BR − random2", "BW − random2", "BW − PPO-M"]
+
+    def row(name, of_method, before):
+        """of_method: {method: {seed: score}}."""
+        seeds = sorted(set.intersection(*map(set, of_method.values())))
+        values = {m: np.array([of_method[m][seed] for seed in seeds]) if m in of_method else np.array([]) for m in methods}
+        pairs = (("br", "random2"), ("bw", "random2"), ("bw", "none"))
+        return [name, len(seeds), *before, *map(cell, values.values()),
+                *(cell(values[m] - values[other], sign=True) if m in of_method and other in of_method else "" for m, other in pairs)]
+
     for group, name in groups.items():
         done = [m for m in methods if m in methods_of(records, group)]
         if not done:
             continue
-        seeds = set.intersection(*(set(by_seed(records, group, m, test("last", "greedy"))) for m in done))
-        fair = [r for r in records if r["group"] == group and r["seed"] in seeds]
         extra = [r for r in records if r["group"] == group and r["method"] == "rm"]
         accuracy = f"{extra[0]['accuracy']['all pairs']['accuracy']:.3f}" if extra else ""
         r2 = [r["r2"]["sft"] for r in records if r["group"] == group and r["method"] == "r2"]
         measured = [f"{r2[0][m]['r2']['mean']:.2f} / {r2[0][m]['r2_within']['mean']:.2f}" if r2 else "" for m in methods]
         for kind in rows:
-            rows[kind].append([
-                name, len(seeds), *([accuracy, *measured] if kind == "greedy" else []),
-                *(cell(list(by_seed(fair, group, m, test("last", kind)).values())) for m in methods),
-                *(cell(paired(fair, group, m, other, test("last", kind)), sign=True)
-                  for m, other in (("br", "random2"), ("bw", "random2"), ("bw", "none")))])
-    names = [NAMES.get(m, m) for m in methods]
-    columns = [*names, "BR − random2", "BW − random2", "BW − PPO-M"]
+            scores[kind, group] = {m: by_seed(records, group, m, test("last", kind)) for m in done}
+            rows[kind].append(row(name, scores[kind, group], [accuracy, *measured] if kind == "greedy" else []))
     if not rows["greedy"]:
         return "Not run yet.\n"
-    text = filled([label, "seeds", "RM accuracy", *(f"R² {name}" for name in names), *columns], rows["greedy"])
+    for kind in rows:
+        of_kind = [of_group for (of, _), of_group in scores.items() if of == kind]
+        seeds = set.intersection(*(set(of_method) for of_group in of_kind for of_method in of_group.values()))
+        if mean and seeds and len({tuple(of_group) for of_group in of_kind}) == 1:
+            means = {m: {seed: np.mean([of_group[m][seed] for of_group in of_kind]) for seed in seeds} for m in of_kind[0]}
+            rows[kind].append(row("mean", means, [""] * (1 + len(methods)) if kind == "greedy" else []))
+    text = filled([label, "seeds", "RM accuracy", *(f"R² {name}" for name in columns[:len(methods)]), *columns], rows["greedy"])
     if "R²" in text:
         text = "R² of the SFT policy's responses, pooled / within prompts (seed 0); then greedy pass@1 of the last iteration:\n\n" + text
     return text + "\nSampled pass@1 of the same policies:\n\n" + filled([label, "seeds", *columns], rows["sampled"])
@@ -545,7 +554,7 @@ def show(records):
             ("Table 3: does R² on the SFT policy predict the result of training?", table_3(records)),
             ("Table 4: the reward's reliability set by hand (15 iterations)", sweep_table(records, settings("profile_"), "profile", FILTERS[:5])
              + prediction(records, "profile_", "profile", FILTERS[:5])),
-            ("Table 5: KL coefficient", sweep_table(records, KL_SWEEP, "coefficient", FILTERS[:4])),
+            ("Table 5: KL coefficient", sweep_table(records, KL_SWEEP, "coefficient", FILTERS[:4], mean=False)),
             ("Table 6: what a run costs (seconds depend on what ran beside it, up to fourfold: compare the counts)", table_6(records)),
             ("Table 7: quality of the reward model (15 iterations)", sweep_table(records, settings("rm_"), "reward model", FILTERS[:4])
              + prediction(records, "rm_", "reward model", FILTERS[:4]))):
