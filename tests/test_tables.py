@@ -38,14 +38,18 @@ def test_differences_are_paired_by_seed():
 
 
 def test_table_1_has_the_pairs_of_each_policy():
-    r2 = {name: {"r2": {"mean": 0.5 + 0.1 * k}, "r2_within": {"mean": 0.2}} for k, name in enumerate(("none", "random2", "bon", "br", "bw"))}
+    r2 = {name: {"r2": {"mean": 0.5 + 0.1 * k}, "r2_within": {"mean": 0.2}, "pass_rate": {"mean": 0.4}}
+          for k, name in enumerate(("none", "random2", "bon", "br", "bw"))}
     records = [{"group": "r2", "method": "none", "seed": seed, "r2": {"sft": r2, "middle": r2, "final": r2},
                 "pair_accuracy": {"sft": 0.9, "middle": 0.8, "final": 0.7 + 0.02 * seed}} for seed in (0, 1)]
     records.append({"group": "rm_anew", "method": "rm", "seed": 0,
                     "accuracy": {"all pairs": {"pairs": 50, "accuracy": 0.8, "low": 0.75, "high": 0.85}}})
+    assert "RM trained anew" not in tables.table_1(records)
+    records.append(records[0] | {"group": "rm_anew", "pair_accuracy": {"sft": 0.5, "middle": 0.6, "final": 0.75}})
     text = tables.table_1(records)
-    assert "| final | pooled | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.700 ± 0.000 | 0.800 ± 0.000 | 0.900 ± 0.000 | 0.710 ± 0.127 |" in text
-    assert "| final | within prompts | 0.200" in text and "| final | paper | 0.876 |" in text
+    assert "| final, RM trained anew | pooled R² | 0.500 | 0.600 | 0.700 | 0.800 | 0.900 | 0.750 |" in text
+    assert "| final | pooled R² | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.700 ± 0.000 | 0.800 ± 0.000 | 0.900 ± 0.000 | 0.710 ± 0.127 |" in text
+    assert "| final | R² within prompts | 0.200" in text and "| final | paper's R² | 0.876 |" in text and "| final | pass rate | 0.400" in text
     assert "puts 0.800 of the 50 held-out pairs in the right order (0.750 to 0.850)" in text
 
 

@@ -83,6 +83,8 @@ def plan():
     for seed in range(5):
         add("r2", "none", seed, ["03_r2_analysis.py"], ("main", "none", seed))
     add("rm_anew", "rm", 0, ["02_reward_model.py", "--policy", "out/tables/main/none/0/train/last"], ("main", "none", 0))
+    for seed in range(5):
+        add("rm_anew", "r2", seed, ["03_r2_analysis.py", "--reward_model", "out/tables/rm_anew/rm/0"], ("rm_anew", "rm", 0))
     main_group({name: ppo(name) for name in FILTERS[5:] + MEASURING}, range(5))
     main_group({name: ["06_baselines.py", "--method", name] for name in BASELINES}, range(5))
     main_group({name: ppo(s, "--advantage", a) for name, (s, a) in CRITIC_FREE.items()}, range(5))
@@ -195,7 +197,7 @@ def one(run):
     if "r2" not in (run["group"], run["method"]):
         return train_and_test(run, out)
     policies = []
-    if run["group"] == "r2":  # Table 1: SFT, middle, final policy
+    if run["group"] in ("r2", "rm_anew"):  # Table 1: SFT, middle, final policy
         trained = WORK / "main" / "none" / str(run["seed"]) / "train"
         policies = ["--policies", "out/sft", str(trained / "iteration_10"), str(trained / "last")]
     call([*run["command"], *policies, "--seed", str(run["seed"]), "--out", str(out / "r2"), "--threads", "1", "--workers", "1"],
@@ -290,15 +292,18 @@ def table_1(records):
     if not any(r["group"] == "r2" for r in records):
         return "Not run yet.\n"
     rows = []
-    for policy in ("sft", "middle", "final"):
-        pairs = cell([r["pair_accuracy"][policy] for r in records if r["group"] == "r2"], percent=False)
-        for name, label in (("r2", "pooled"), ("r2_within", "within prompts")):
-            values = {s: [r["r2"][policy][s][name]["mean"] for r in records if r["group"] == "r2" and policy in r["r2"]]
-                      for s in ("none", "random2", "bon", "br", "bw")}
-            rows.append([policy, label, *(cell(values[s], percent=False) for s in values), pairs if name == "r2" else ""])
-        rows.append([policy, "paper", *(f"{x:.3f}" if x else "" for x in (PAPER_1[policy][0], None, *PAPER_1[policy][1:])), ""])
-    anew = [r["accuracy"]["all pairs"] for r in records if r["group"] == "rm_anew"]
-    return markdown(["policy of PPO-M", "R²", "none", "random2", "BoN", "BR", "BW", "pairs of a prompt in the right order"], rows) + "".join(
+    for policy, group in (("sft", "r2"), ("middle", "r2"), ("final", "r2"), ("final", "rm_anew")):
+        measured = [r for r in records if r["group"] == group and "r2" in r]
+        label = policy + ", RM trained anew" * (group == "rm_anew")
+        pairs = cell([r["pair_accuracy"][policy] for r in measured], percent=False)
+        for name, what in (("r2", "pooled R²"), ("r2_within", "R² within prompts"), ("pass_rate", "pass rate")) if measured else ():
+            values = [cell([r["r2"][policy][s][name]["mean"] for r in measured], percent=False) for s in ("none", "random2", "bon", "br", "bw")]
+            rows.append([label, what, *values, pairs if name == "r2" else ""])
+        if group == "r2":
+            rows.append([label, "paper's R²", *(f"{x:.3f}" if x else "" for x in (PAPER_1[policy][0], None, *PAPER_1[policy][1:])), ""])
+    anew = [r["accuracy"]["all pairs"] for r in records if r["group"] == "rm_anew" and r["method"] == "rm"]
+    head = ["policy of PPO-M", "of what is kept", "none", "random2", "BoN", "BR", "BW", "pairs of a prompt in the right order"]
+    return markdown(head, rows) + "".join(
         f"\nA reward model trained anew, on responses of the final policy of seed 0 (and from its weights), puts {a['accuracy']:.3f} of the "
         f"{a['pairs']} held-out pairs in the right order ({a['low']:.3f} to {a['high']:.3f}).\n" for a in anew)
 
@@ -549,7 +554,7 @@ def show(records):
     parts = ["# Tables\n", "Written by `python tools/tables.py show` from results.jsonl. pass@1 in percent on the 500 test problems of "
              "the tiny set; ± is the half width of a 95% interval over seeds (Student's t). What they mean: README.md here.\n"]
     for title, text in (
-            ("Table 1: R² of the filters for SFT, middle (iteration 10) and final policy of PPO-M", table_1(records)),
+            ("Table 1: R² of the filters (of ten responses) for SFT, middle (iteration 10) and final policy of PPO-M", table_1(records)),
             ("Table 2: all methods at equal numbers of generated samples", NOTE_2 + table_2(records)),
             ("Table 3: does R² on the SFT policy predict the result of training?", table_3(records)),
             ("Table 4: the reward's reliability set by hand (15 iterations)", sweep_table(records, settings("profile_"), "profile", FILTERS[:5])
