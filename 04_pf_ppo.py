@@ -1343,6 +1343,8 @@ def main(cfg):
         tool = Path(__file__).parent / "tools/plan.py"
         if not tool.is_file():
             fail("--plan needs tools/plan.py beside this script, and it is not there; copy it, too")
+        if cfg.card_gb < 0 or cfg.prompt_tokens < 1:
+            fail(f"--card_gb {cfg.card_gb:g} --prompt_tokens {cfg.prompt_tokens}: a card has more than 0 GB, a prompt at least 1 token")
         return runpy.run_path(tool)["print_plan"](sys.modules[__name__], cfg)
     started = time.time()
     n, per_prompt = rollout_shape(cfg)

@@ -149,6 +149,15 @@ def test_the_plan_of_a_model_that_is_not_there_is_refused(ppo, tmp_path, monkeyp
         ppo.main(ppo.Config(plan=True, policy="out/nothing"))
     assert stopped.value.code == 2 and "no model at out/nothing" in capsys.readouterr().err
 
+
+@pytest.mark.parametrize("flags", [{"card_gb": -24.0}, {"prompt_tokens": 0}])
+def test_a_plan_for_no_card_or_no_prompt_is_refused(ppo, capsys, flags):
+    with pytest.raises(SystemExit) as stopped:
+        ppo.main(ppo.Config(plan=True, **flags))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "a card has more than 0 GB" in error and error.count("\n") == 1
+
+
 def test_without_the_tools_the_plan_says_what_is_missing(tmp_path):
     for name in ("04_pf_ppo.py", "sandbox.py"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
