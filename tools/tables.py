@@ -392,7 +392,7 @@ def filled(head, rows):
 def sweep_table(records, groups, label, methods, mean=True):
     """One row a setting of `groups` {group: name}, one column a filter: last greedy and sampled pass@1, and differences paired by seed.
     Only seeds that all filters of a row have, since a mean over others would be unfair. The last row is the mean of the others."""
-    rows, scores = {"greedy": [], "sampled": []}, {}
+    rows, scores = {"greedy": [], "sampled": []}, {"greedy": [], "sampled": []}
     columns = [*(NAMES.get(m, m) for m in methods), "BR − random2", "BW − random2", "BW − PPO-M"]
 
     def row(name, of_method, before):
@@ -412,12 +412,11 @@ def sweep_table(records, groups, label, methods, mean=True):
         r2 = [r["r2"]["sft"] for r in records if r["group"] == group and r["method"] == "r2"]
         measured = [f"{r2[0][m]['r2']['mean']:.2f} / {r2[0][m]['r2_within']['mean']:.2f}" if r2 else "" for m in methods]
         for kind in rows:
-            scores[kind, group] = {m: by_seed(records, group, m, test("last", kind)) for m in done}
-            rows[kind].append(row(name, scores[kind, group], [accuracy, *measured] if kind == "greedy" else []))
+            scores[kind].append({m: by_seed(records, group, m, test("last", kind)) for m in done})
+            rows[kind].append(row(name, scores[kind][-1], [accuracy, *measured] if kind == "greedy" else []))
     if not rows["greedy"]:
         return "Not run yet.\n"
-    for kind in rows:
-        of_kind = [of_group for (of, _), of_group in scores.items() if of == kind]
+    for kind, of_kind in scores.items():
         seeds = set.intersection(*(set(of_method) for of_group in of_kind for of_method in of_group.values()))
         if mean and seeds and len({tuple(of_group) for of_group in of_kind}) == 1:
             means = {m: {seed: np.mean([of_group[m][seed] for of_group in of_kind]) for seed in seeds} for m in of_kind[0]}
