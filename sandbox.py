@@ -21,7 +21,7 @@ outside the interpreter's library and an empty scratch, no process that survives
 wall time, memory, processes, files, output. Not covered: tests that are too weak or compare two objects of the candidate,
 memorised answers, holes in the kernel, the memory of all child processes together. Linux 5.3 and Python 3.11 or newer.
 """
-import atexit, builtins, collections, json, marshal, operator, os, re, resource, select, signal, socket, struct, sys, time
+import atexit, builtins, collections, gzip, json, marshal, operator, os, re, resource, select, signal, socket, struct, sys, time
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -881,6 +881,127 @@ def program(problem, response):
         if response.count("```") == 1 and before.strip() and not defines(code, entry_point): code = before  # only the end fence
     if defines(code, entry_point): return complete_part(prefix) + code
     return (prefix.rstrip(" \t") if code[:1] in (" ", "\t") else prefix) + code        # an open indent, or the response's own
+
+# ---------------------------------------------------------------- records: problems and samples as JSONL
+
+
+def fail(message):
+    """Bad input: one line that says what to do, exit code 2."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_jsonl(path, fields, unique=()):
+    """Read the records of a JSONL file; what cannot be used is refused in one line with file, line and field.
+
+    Blank lines, a BOM, CRLF, extra fields and .gz are accepted.
+
+    Args:
+        fields: {name: type or tuple of types}; a record without the field or with another type is refused,
+            except that a field which may be None may also be absent.
+        unique: names of the fields whose values, taken together, must not repeat, such as ["task_id"].
+    Returns: list of dicts, at least one.
+    """
+    records, seen = [], {}
+    for place, text in _lines(path):
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            fail(f"{place}: not JSON ({error}); repair or delete the line")
+        if not isinstance(record, dict):
+            fail(f"{place}: not a JSON object; repair or delete the line")
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            name = next(name for name in record if "\\ud" in json.dumps([name, record[name]]))
+            fail(f"{place}: field '{name}' holds half of a surrogate pair, which cannot be saved; repair or delete the line")
+        for name, types in fields.items():
+            value = record.setdefault(name, None)
+            allowed = types if isinstance(types, tuple) else (types,)
+            if not isinstance(value, allowed) or isinstance(value, bool) and bool not in allowed:
+                fail(f"{place}: field '{name}' is missing or has the wrong type")
+        key = tuple(record[name] for name in unique)
+        if unique and seen.setdefault(key, place) != place:
+            fail(f"{place}: field '{unique[0]}' repeats {key[0]!r} of {seen[key]}; give each record its own")
+        records.append(record)
+    if not records:
+        fail(f"{path} is empty; write at least one record to it")
+    return records
+
+
+def _lines(path):
+    """(place, text) of each line of a UTF-8 file that is not blank."""
+    if not os.path.isfile(path):
+        fail(f"{path} does not exist; run the stage that writes it first (README, the table of stages)")
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except (OSError, EOFError) as error:
+        fail(f"{path} cannot be read ({error})")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", line.decode()
+            except UnicodeDecodeError as error:
+                fail(f"{path}, line {number}: not UTF-8 ({error}); save the file as UTF-8")
+
+
+def read_problems(path):
+    """Problems whose programs are to be tested: `read_jsonl` with every field filled, unique ids and tests that can be run.
+
+    A test is a string of statements, or {"input": ..., "output": ...} for a program that reads stdin and writes stdout.
+    """
+    text = (str, type(None))
+    fields = {"task_id": str, "prompt": str, "prefix": text, "setup": text, "entry_point": text, "tests": list}
+    problems = read_jsonl(path, fields, unique=["task_id"])
+    for problem in problems:
+        problem["prefix"] = problem["prefix"] or ""
+        problem["setup"] = problem["setup"] or ""
+        place = f"{path}, task_id {problem['task_id']!r}"
+        if not problem["tests"]:
+            fail(f"{place}: field 'tests' is empty, so nothing could pass; add tests or drop the problem")
+        for test in problem["tests"]:
+            stdin = isinstance(test, dict) and all(isinstance(test.get(name), str) for name in ("input", "output"))
+            if not stdin and not (isinstance(test, str) and test.strip()):
+                fail(f"{place}: field 'tests' holds something that is no string of statements and no input and output")
+    return problems
+
+
+def write_jsonl(path, records):
+    """Write records to a JSONL file, whole or not at all: a temporary file takes its place when it is complete."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def run_tests(problems, responses, *, timeout=3.0, workers=0, progress=None):
+    """Run responses against the tests of their problems, identical programs once.
+
+    Args:
+        problems: the problem of each response (as `read_problems` gives them); responses: texts.
+        timeout: CPU seconds per program; workers: sandbox processes, 0 for one per core.
+        progress: label of a tqdm bar, or None for silence.
+    Returns: list of Result, in order.
+    """
+    jobs, index = [], {}
+    for problem, response in zip(problems, responses, strict=True):
+        key = problem["task_id"], program(problem, response)
+        if key not in index:
+            index[key] = len(jobs)
+            job = {"code": key[1], "timeout": timeout}
+            jobs.append(job | {name: problem[name] for name in ("tests", "setup", "entry_point")})
+    if progress is None:
+        results = run_many(jobs, workers or None)
+    else:
+        from tqdm import tqdm  # not at the top: sandbox.py alone needs the standard library and nothing else
+
+        with tqdm(total=len(jobs), desc=progress, unit="program", mininterval=1, dynamic_ncols=True) as bar:
+            results = run_many(jobs, workers or None, on_result=lambda index, result: bar.update())
+    return [results[index[p["task_id"], program(p, r)]] for p, r in zip(problems, responses, strict=True)]
+
 
 # ---------------------------------------------------------------- command line
 
