@@ -13,10 +13,10 @@ A line of data/tiny/sft.jsonl, spread out:
      "tests": ["assert solve(0) == 4", "assert solve(-20) == 484", "assert solve(3) == 1",
                "assert solve(-23) == 625", "assert solve(5) == 9", "assert solve(-17) == 361"],
      "solution": "    n = n - 2\n    return n * 2\n", "source": "tiny",
-     "steps": ["minus", "squared"], "flaw": [{"step": 2, "kind": "squared", "flaw": "wrong operator"}]}
+     "steps": ["minus", "squared"], "flaw": [2]}
 
 `prefix + solution` is the program. `setup` runs after it, before the tests. Only the tiny set has
-`steps`, and only its sft.jsonl has `flaw` (null: the solution is correct).
+`steps`, and only its sft.jsonl has `flaw`: the numbers of the wrong steps, null for none.
 
 The tiny set stands in for the paper's setting (arXiv 2409.06957, section 4: programs scored by
 tests) on a laptop. A problem chains one to five steps on a list, a text or a number. Some SFT
@@ -31,34 +31,40 @@ Simplified against the paper: it collects 130k SFT examples, 7k prompts for the 
 """
 
 import ast
+import base64
 import contextlib
-import gzip
-import logging
 import dataclasses
 import functools
+import io
 import json
+import logging
 import os
+import pickle
 import random
+import re
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import tyro
+from tqdm import tqdm
 
 import sandbox
 
-Dataset = Literal["tiny", "humaneval", "mbpp", "mbpp_sanitized", "leetcode", "magicoder", "evol"]
 SPLITS = ("sft", "rm", "ppo", "validation", "test")
 
 
 @dataclasses.dataclass
 class Config:
-    dataset: Dataset = "tiny"  # which problems to write
-    file: str = ""  # local copy of the records (.jsonl, .jsonl.gz, .json); empty: from the hub
+    dataset: str = "tiny"  # which problems to write: tiny, or a public set of the table SETS
+    file: list[str] = dataclasses.field(
+        default_factory=list
+    )  # local copies of a public set's files (.jsonl, .jsonl.gz, .json, .parquet); or the hub
     out: str = ""  # output folder; empty: data/<dataset>
     seed: int = 0  # seed of everything random
+    show_one_test: bool = False  # MBPP: one test in the prompt, not all; for --reward tests
     sft: int = 6000  # tiny: problems with flawed solutions, for fine-tuning; paper: 130k
     rm: int = 3000  # tiny: prompts for the reward model; paper: 7k
     ppo: int = 1000  # tiny: prompts for PPO; paper: 3k
@@ -125,220 +131,174 @@ STEP_TABLE = """
 keep_above xs -> xs
     say    keep the numbers above 3 | keep only numbers greater than 3 | drop the numbers up to 3
     right  [x for x in xs if x > 3]
-    wrong  [x for x in xs if x >= 3]  # loosened comparison
-    wrong  [x for x in xs if x < 3]  # swapped comparison
+    wrong  [x for x in xs if x >= 3] | [x for x in xs if x < 3]
 keep_at_least xs -> xs
     say    keep the numbers of at least 4 | drop the numbers below 4 | keep numbers from 4 up
     right  [x for x in xs if x >= 4]
-    wrong  [x for x in xs if x > 4]  # tightened comparison
-    wrong  [x for x in xs if x <= 4]  # swapped comparison
+    wrong  [x for x in xs if x > 4] | [x for x in xs if x <= 4]
 keep_positive xs -> xs
     say    keep the positive numbers | drop zeros and negative numbers
     say    keep numbers greater than zero
     right  [x for x in xs if x > 0]
-    wrong  [x for x in xs if x >= 0]  # loosened comparison
-    wrong  [x for x in xs if x < 0]  # swapped comparison
+    wrong  [x for x in xs if x >= 0] | [x for x in xs if x < 0]
 keep_odd xs -> xs
     say    keep the odd numbers | drop the even numbers | keep only what is odd
-    right  [x for x in xs if x % 2 == 1]
-    right  [x for x in xs if x % 2 != 0]
-    wrong  [x for x in xs if x % 2 == 0]  # wrong parity
-    wrong  [x for x in xs if x // 2 == 1]  # wrong operator
+    right  [x for x in xs if x % 2 == 1] | [x for x in xs if x % 2 != 0]
+    wrong  [x for x in xs if x % 2 == 0] | [x for x in xs if x // 2 == 1]
 keep_repeated xs -> xs
     say    keep numbers that occur more than once | drop numbers that occur once
     say    keep the repeated numbers
     right  [x for x in xs if xs.count(x) > 1]
-    wrong  [x for x in xs if xs.count(x) == 1]  # swapped comparison
-    wrong  [x for x in xs if xs.count(x) > 2]  # off by one
+    wrong  [x for x in xs if xs.count(x) == 1] | [x for x in xs if xs.count(x) > 2]
 drop_largest xs -> xs
     say    drop the largest number | remove every copy of the maximum
     say    throw away the highest number
-    right  [x for x in xs if x != max(xs)]
-    right  [x for x in xs if x < max(xs)]
-    wrong  [x for x in xs if x != min(xs)]  # wrong aggregate
-    wrong  [x for x in xs if x == max(xs)]  # swapped comparison
+    right  [x for x in xs if x != max(xs)] | [x for x in xs if x < max(xs)]
+    wrong  [x for x in xs if x != min(xs)] | [x for x in xs if x == max(xs)]
 reverse xs -> xs
     say    reverse the list | put the list in reverse order | turn the list around
-    right  xs[::-1]
-    right  list(reversed(xs))
-    wrong  sorted(xs, reverse=True)  # wrong direction
-    wrong  xs[-2::-1]  # off by one
+    right  xs[::-1] | list(reversed(xs))
+    wrong  sorted(xs, reverse=True) | xs[-2::-1]
 sort_down xs -> xs
     say    sort from large to small | put the list in descending order | sort downwards
-    right  sorted(xs, reverse=True)
-    right  sorted(xs)[::-1]
-    wrong  sorted(xs)  # wrong direction
-    wrong  xs[::-1]  # not sorted
+    right  sorted(xs, reverse=True) | sorted(xs)[::-1]
+    wrong  sorted(xs) | xs[::-1]
 unique xs -> xs
     say    drop duplicates | keep the first of equal numbers | remove repeated numbers
     right  list(dict.fromkeys(xs))
-    wrong  sorted(set(xs))  # order lost
-    wrong  [x for x in xs if xs.count(x) == 1]  # all copies lost
+    wrong  sorted(set(xs)) | [x for x in xs if xs.count(x) == 1]
 square xs -> xs
     say    square each number | replace numbers by their squares | multiply each number by itself
-    right  [x * x for x in xs]
-    right  [x ** 2 for x in xs]
-    wrong  [x * 2 for x in xs]  # wrong operator
-    wrong  [x ** 3 for x in xs]  # cubed
+    right  [x * x for x in xs] | [x ** 2 for x in xs]
+    wrong  [x * 2 for x in xs] | [x ** 3 for x in xs]
 negate xs -> xs
     say    negate each number | flip the sign of every number | swap plus and minus
     right  [-x for x in xs]
-    wrong  [abs(x) for x in xs]  # wrong operator
-    wrong  [-abs(x) for x in xs]  # one sign only
+    wrong  [abs(x) for x in xs] | [-abs(x) for x in xs]
 absolute xs -> xs
     say    take absolute values | drop the signs | make negative numbers positive
     right  [abs(x) for x in xs]
-    wrong  [-x for x in xs]  # wrong operator
-    wrong  [max(x, 0) for x in xs]  # zero instead
+    wrong  [-x for x in xs] | [max(x, 0) for x in xs]
 cap xs -> xs
     say    lower numbers above 5 to 5 | cap each number at 5 | limit the numbers to at most 5
     right  [min(x, 5) for x in xs]
-    wrong  [max(x, 5) for x in xs]  # wrong aggregate
-    wrong  [x for x in xs if x <= 5]  # dropped instead
+    wrong  [max(x, 5) for x in xs] | [x for x in xs if x <= 5]
 last xs -> xs
     say    take the last 2 numbers | keep the last 2 | keep 2 numbers at the end
     right  xs[-2:]
-    wrong  xs[:2]  # wrong end
-    wrong  xs[2:]  # wrong side
+    wrong  xs[:2] | xs[2:]
 drop_tail xs -> xs
     say    drop the last number | leave out the last number | remove the tail of the list
     right  xs[:-1]
-    wrong  xs[1:]  # wrong end
-    wrong  xs[:-2]  # off by one
+    wrong  xs[1:] | xs[:-2]
 running_sums xs -> xs
     say    take running sums | replace the list by its partial sums | sum up to each number
     right  [sum(xs[:i + 1]) for i in range(len(xs))]
-    wrong  [sum(xs[:i]) for i in range(len(xs))]  # off by one
-    wrong  [sum(xs[i:]) for i in range(len(xs))]  # wrong side
+    wrong  [sum(xs[:i]) for i in range(len(xs))] | [sum(xs[i:]) for i in range(len(xs))]
 differences xs -> xs
     say    take differences of neighbours | subtract each number from the next
     say    list the steps between neighbours
     right  [b - a for a, b in zip(xs, xs[1:])]
-    wrong  [a - b for a, b in zip(xs, xs[1:])]  # wrong direction
-    wrong  [b + a for a, b in zip(xs, xs[1:])]  # wrong operator
+    wrong  [a - b for a, b in zip(xs, xs[1:])] | [b + a for a, b in zip(xs, xs[1:])]
 mirror xs -> xs
     say    append the reversed list | add a mirrored copy | follow the list by its reverse
     right  xs + xs[::-1]
-    wrong  xs + xs  # wrong direction
-    wrong  xs[::-1] + xs  # wrong order
+    wrong  xs + xs | xs[::-1] + xs
 count xs -> n
     say    count the numbers | take the length of the list | say how many numbers there are
     right  len(xs)
-    wrong  len(xs) - 1  # off by one
-    wrong  sum(xs)  # wrong aggregate
+    wrong  len(xs) - 1 | sum(xs)
 smallest xs -> n
     say    take the smallest number | find the minimum | pick the lowest number
     right  min(xs)
-    wrong  max(xs)  # wrong aggregate
-    wrong  min(xs, key=abs)  # wrong key
+    wrong  max(xs) | min(xs, key=abs)
 count_above xs -> n
     say    count the numbers above 4 | say how many numbers exceed 4 | count what is greater than 4
-    right  sum(x > 4 for x in xs)
-    right  len([x for x in xs if x > 4])
-    wrong  sum(x >= 4 for x in xs)  # loosened comparison
-    wrong  sum(x < 4 for x in xs)  # swapped comparison
+    right  sum(x > 4 for x in xs) | len([x for x in xs if x > 4])
+    wrong  sum(x >= 4 for x in xs) | sum(x < 4 for x in xs)
 count_distinct xs -> n
     say    count the distinct numbers | say how many different numbers there are
     say    count the numbers without duplicates
     right  len(set(xs))
-    wrong  len(xs)  # duplicates counted
-    wrong  len(set(xs)) - 1  # off by one
+    wrong  len(xs) | len(set(xs)) - 1
 reverse_text s -> s
     say    reverse the text | spell the text backwards | turn the text around
     right  s[::-1]
-    wrong  ' '.join(s.split()[::-1])  # words only
-    wrong  s[-2::-1]  # off by one
+    wrong  ' '.join(s.split()[::-1]) | s[-2::-1]
 swap_case s -> s
     say    swap upper and lower case | flip the case of each letter
     say    exchange capital and small letters
     right  s.swapcase()
-    wrong  s.upper()  # one way only
-    wrong  s.lower()  # other way only
+    wrong  s.upper() | s.lower()
 drop_vowels s -> s
     say    drop the vowels | remove all vowels | throw away vowels
     right  ''.join(c for c in s if c.lower() not in 'aeiou')
-    wrong  ''.join(c for c in s if c not in 'aeiou')  # capitals missed
-    wrong  ''.join(c for c in s if c.lower() in 'aeiou')  # swapped comparison
+    wrong  ''.join(c for c in s if c not in 'aeiou') | ''.join(c for c in s if c.lower() in 'aeiou')
 drop_spaces s -> s
     say    remove the spaces | drop all spaces | close the gaps between words
     right  s.replace(' ', '')
-    wrong  s.strip()  # ends only
-    wrong  s.replace(' ', '-')  # wrong replacement
+    wrong  s.strip() | s.replace(' ', '-')
 reverse_words s -> s
     say    reverse the order of words | put the words in reverse order | turn the word order around
     right  ' '.join(s.split()[::-1])
-    wrong  s[::-1]  # letters too
-    wrong  ' '.join(s.split()[1:])  # wrong end
+    wrong  s[::-1] | ' '.join(s.split()[1:])
 sort_letters s -> s
     say    sort the characters | put the characters in order | order all characters
     right  ''.join(sorted(s))
-    wrong  ''.join(sorted(s, reverse=True))  # wrong direction
-    wrong  ''.join(sorted(set(s)))  # duplicates lost
+    wrong  ''.join(sorted(s, reverse=True)) | ''.join(sorted(set(s)))
 every_second_letter s -> s
     say    take every second character from the first | keep characters at even positions
     say    skip every other character
     right  s[::2]
-    wrong  s[1::2]  # off by one
-    wrong  s[::3]  # wrong step
+    wrong  s[1::2] | s[::3]
 unique_letters s -> s
     say    drop repeated characters | keep the first of equal characters
     say    remove duplicate characters
     right  ''.join(dict.fromkeys(s))
-    wrong  ''.join(sorted(set(s)))  # order lost
-    wrong  ''.join(c for c in s if s.count(c) == 1)  # all copies lost
+    wrong  ''.join(sorted(set(s))) | ''.join(c for c in s if s.count(c) == 1)
 word_lengths s -> xs
     say    list the lengths of the words | measure each word | replace words by their lengths
     right  [len(w) for w in s.split()]
-    wrong  [len(w) - 1 for w in s.split()]  # off by one
-    wrong  [len(w) for w in s]  # wrong unit
+    wrong  [len(w) - 1 for w in s.split()] | [len(w) for w in s]
 vowel_places s -> xs
     say    list the positions of vowels | find where the vowels are | locate each vowel
     right  [i for i, c in enumerate(s) if c.lower() in 'aeiou']
-    wrong  [i for i, c in enumerate(s, 1) if c.lower() in 'aeiou']  # off by one
-    wrong  [i for i, c in enumerate(s) if c in 'aeiou']  # capitals missed
+    wrong  [i for i, c in enumerate(s, 1) if c.lower() in 'aeiou']
+    wrong  [i for i, c in enumerate(s) if c in 'aeiou']
 count_words s -> n
     say    count the words | say how many words there are | take the number of words
     right  len(s.split())
-    wrong  s.count(' ')  # spaces instead
-    wrong  len(s)  # wrong unit
+    wrong  s.count(' ') | len(s)
 count_capitals s -> n
     say    count the capital letters | say how many capitals there are | count upper case letters
     right  sum(c.isupper() for c in s)
-    wrong  sum(c.islower() for c in s)  # wrong case
-    wrong  sum(w.istitle() for w in s.split())  # wrong unit
+    wrong  sum(c.islower() for c in s) | sum(w.istitle() for w in s.split())
 squared n -> n
     say    square the number | multiply it by itself | take its square
-    right  n * n
-    right  n ** 2
-    wrong  n * 2  # wrong operator
-    wrong  n ** 3  # cubed
+    right  n * n | n ** 2
+    wrong  n * 2 | n ** 3
 minus n -> n
     say    subtract 2 from the number | decrease it by 2 | go 2 down
     right  n - 2
-    wrong  2 - n  # wrong direction
-    wrong  n + 2  # wrong operator
+    wrong  2 - n | n + 2
 half n -> n
     say    halve the number rounding down | divide it by 2 rounding down
     say    take half of it rounded down
     right  n // 2
-    wrong  (n + 1) // 2  # rounded up
-    wrong  n % 2  # wrong operator
+    wrong  (n + 1) // 2 | n % 2
 digit_sum n -> n
     say    add up its digits | take the digit sum | sum the digits of the number
     right  sum(int(d) for d in str(n))
-    wrong  len(str(n))  # wrong aggregate
-    wrong  sum(int(d) ** 2 for d in str(n))  # squares
+    wrong  len(str(n)) | sum(int(d) ** 2 for d in str(n))
 count_up n -> xs
     say    list the numbers from 1 to it | count from 1 up to the number
     say    write all numbers from 1 to the result
     right  list(range(1, n + 1))
-    wrong  list(range(1, n))  # off by one
-    wrong  list(range(n))  # wrong start
+    wrong  list(range(1, n)) | list(range(n))
 digits n -> xs
     say    list its digits | split the number into digits | write its digits as a list
     right  [int(d) for d in str(n)]
-    wrong  [int(d) for d in str(n)[::-1]]  # wrong order
-    wrong  sorted(int(d) for d in str(n))  # sorted instead
+    wrong  [int(d) for d in str(n)[::-1]] | sorted(int(d) for d in str(n))
 """
 
 
@@ -349,25 +309,20 @@ class Step:
     kind: str
     takes: str
     gives: str
-    words: list = dataclasses.field(default_factory=list)
+    say: list = dataclasses.field(default_factory=list)
     right: list = dataclasses.field(default_factory=list)
-    wrong: dict = dataclasses.field(default_factory=dict)  # {flaw: expression}
+    wrong: list = dataclasses.field(default_factory=list)
 
 
 def read_steps(table):
     steps = []
     for line in table.strip().splitlines():
-        field, text = line[:11].strip(), line[11:]
-        if line[0] != " ":
+        if line.startswith(" "):
+            field, text = line.split(maxsplit=1)
+            getattr(steps[-1], field).extend(text.split(" | "))
+        else:
             kind, takes, _, gives = line.split()
             steps.append(Step(kind, takes, gives))
-        elif field == "say":
-            steps[-1].words += text.split(" | ")
-        elif field == "right":
-            steps[-1].right.append(text)
-        else:
-            expression, flaw = text.split("  # ")
-            steps[-1].wrong[flaw] = expression
     return steps
 
 
@@ -477,7 +432,7 @@ def draw_chain(length, rng):
 def home(chain):
     """The only splits that may have this chain of kinds: "validation", "test" or "training".
 
-    One chain of two or more steps in ten is held out; validation gets 3 of 8 of these, test the rest.
+    One chain of two or more steps in ten is held out: 3 of 8 for validation, the rest for test.
     A single step is always training: what its words mean cannot be guessed.
     """
     place = zlib.crc32(" ".join(step.kind for step in chain).encode()) % 80
@@ -505,7 +460,7 @@ def choose_tests(chain, pool, rng):
 
     A mutation that no input of the pool shows is dropped.
 
-    Returns: (traces of the chosen inputs, traces of the others, [{flaw: expression} per step]), or
+    Returns: (traces of the chosen inputs, traces of the others, [wrong lines of each step]), or
         None for a poor problem: few usable inputs, few different results, a step without a mutation
         that shows, or a run of steps that might as well be left out.
     """
@@ -536,12 +491,11 @@ def choose_tests(chain, pool, rng):
                 return None
     mutations = []
     for start, step in enumerate(chain):
-        mutations.append({})
-        for flaw, line in step.wrong.items():
-            if told_apart([compiled(line, step.takes), *right[start + 1 :]], start):
-                mutations[-1][flaw] = line
-        if not mutations[-1]:
+        rest = right[start + 1 :]
+        shown = [w for w in step.wrong if told_apart([compiled(w, step.takes), *rest], start)]
+        if not shown:
             return None
+        mutations.append(shown)
     while len(chosen) < MIN_TESTS:  # fill up, with new results where there are any
         results = [values[-1] for values in chosen]
         new = (number for number, values in enumerate(others) if values[-1] not in results)
@@ -549,41 +503,33 @@ def choose_tests(chain, pool, rng):
     return chosen, others, mutations
 
 
-def draw_flaws(chain, mutations, rates, rng):
-    """What is wrong with each step: None (nothing), "missing step" or the name of a mutation."""
-    flaws = []
-    for step, possible in zip(chain, mutations):
-        usual = next(iter(step.wrong))
-        rare = [flaw for flaw in possible if flaw != usual]
-        if rng.random() >= rates[step.kind]:
-            flaws.append(None)
-        elif step.takes == step.gives and rng.random() < MISSING_STEP:
-            flaws.append("missing step")
-        elif usual in possible and (not rare or rng.random() < USUAL_FLAW):
-            flaws.append(usual)
-        else:
-            flaws.append(rng.choice(rare))
-    return flaws
+def draw_solution(chain, mutations, rates, rng):
+    """Draw one line per step, right or wrong by its kind's rate; an empty line leaves the step out.
 
-
-def solution_lines(chain, mutations, flaws, rng=None):
-    """[(step, expression)] of a solution with these flaws. A missing step has no line.
-
-    With `rng`, a step that has two correct lines gets the rarer one a quarter of the time.
+    A step that has two right lines gets the rarer one a quarter of the time.
     """
     lines = []
-    for step, possible, flaw in zip(chain, mutations, flaws):
-        if flaw is None:
-            lines.append((step, step.right[-1 if rng and rng.random() < 0.25 else 0]))
-        elif flaw != "missing step":
-            lines.append((step, possible[flaw]))
+    for step, possible in zip(chain, mutations):
+        usual, rare = step.wrong[0], [line for line in possible if line != step.wrong[0]]
+        if rng.random() >= rates[step.kind]:
+            lines.append(None)
+        elif step.takes == step.gives and rng.random() < MISSING_STEP:
+            lines.append("")
+        elif usual in possible and (not rare or rng.random() < USUAL_FLAW):
+            lines.append(usual)
+        else:
+            lines.append(rng.choice(rare))
+    for number, step in enumerate(chain):
+        if lines[number] is None:
+            lines[number] = step.right[-1 if rng.random() < 0.25 else 0]
     return lines
 
 
-def body(variable, lines):
-    """The body of solve(variable). One line per step, so that programs compare line by line."""
-    text = "".join(f"    {step.gives} = {expression}\n" for step, expression in lines[:-1])
-    return text + f"    return {lines[-1][1] if lines else variable}\n"
+def body(chain, lines):
+    """The body of solve(). One line per step, so that programs compare line by line."""
+    kept = [(step.gives, line) for step, line in zip(chain, lines) if line]
+    text = "".join(f"    {variable} = {line}\n" for variable, line in kept[:-1])
+    return text + f"    return {kept[-1][1] if kept else chain[0].takes}\n"
 
 
 def tiny_problem(task_id, chain, prompt, pool, rates, rng):
@@ -592,42 +538,38 @@ def tiny_problem(task_id, chain, prompt, pool, rates, rng):
     Args:
         rates: {kind: probability that the solution gets it wrong}; None for a correct solution.
     """
-    variable, flaws = chain[0].takes, [None] * len(chain)
     found = choose_tests(chain, pool, rng)
     if found is None:
         return None
     chosen, others, mutations = found
-    lines = solution_lines(chain, mutations, flaws)
+    lines, wrong = [step.right[0] for step in chain], []
     if rates:
         for _ in range(MAX_REDRAWS):
-            flaws = draw_flaws(chain, mutations, rates, rng)
-            lines = solution_lines(chain, mutations, flaws, rng)
-            functions = [compiled(expression, step.takes) for step, expression in lines]
+            lines = draw_solution(chain, mutations, rates, rng)
+            wrong = [n for n, line in enumerate(lines, 1) if line not in chain[n - 1].right]
+            functions = [compiled(line, step.takes) for step, line in zip(chain, lines) if line]
             telling = [values for values in chosen + others if differs(functions, values, 0)]
-            if telling or not any(flaws):
+            if telling or not wrong:
                 break
         else:
             return None
         if telling and telling[0] in others:
             chosen.append(telling[0])
+    solution = body(chain, lines)
+    if len(solution) > MAX_PROGRAM:
+        return None
     record = {
         "task_id": task_id,
         "prompt": prompt,
-        "prefix": f"def solve({variable}):\n",
+        "prefix": f"def solve({chain[0].takes}):\n",
         "setup": "",
         "entry_point": "solve",
         "tests": [f"assert solve({values[0]!r}) == {values[-1]!r}" for values in chosen],
-        "solution": body(variable, lines),
+        "solution": solution,
         "source": "tiny",
         "steps": [step.kind for step in chain],
     }
-    if rates:
-        record["flaw"] = [
-            {"step": number, "kind": step.kind, "flaw": flaw}
-            for number, (step, flaw) in enumerate(zip(chain, flaws), 1)
-            if flaw
-        ] or None
-    return record if len(record["solution"]) <= MAX_PROGRAM else None
+    return record | {"flaw": wrong or None} if rates else record
 
 
 def tiny_splits(cfg):
@@ -635,6 +577,7 @@ def tiny_splits(cfg):
     pool, rates = input_pool(cfg.seed), flaw_rates(cfg.hard_share)
     sizes = dict(zip(SPLITS, (cfg.sft, cfg.rm, cfg.ppo, cfg.validation, cfg.test)))
     splits, prompts = {}, set()
+    bar = tqdm(total=sum(sizes.values()), unit="problem", mininterval=1, disable=None)
     for split, size in sizes.items():
         rng = random.Random(f"{split} {cfg.seed}")
         place = split if split in ("validation", "test") else "training"
@@ -650,7 +593,7 @@ def tiny_splits(cfg):
                     "ask for fewer, or for longer ones (--lengths)"
                 )
             chain = draw_chain(length, rng)
-            words = ", then ".join(rng.choice(step.words) for step in chain)
+            words = ", then ".join(rng.choice(step.say) for step in chain)
             prompt = f'"""{words}."""\ndef solve({chain[0].takes}):\n'
             if prompt in prompts or home(chain) != place:
                 continue
@@ -660,7 +603,9 @@ def tiny_splits(cfg):
                 records.append(record)
                 prompts.add(prompt)
                 draws = 0
+                bar.update()
         splits[split] = records
+    bar.close()
     return splits
 
 
@@ -710,284 +655,374 @@ def plum_records(problems, seed):
     return records
 
 
-# ---- public data sets ----
+# ---- public problem sets: from a record to a problem ----
 
-HUB = {  # name and configuration on the Hugging Face hub
-    "humaneval": ("openai/openai_humaneval", None),
-    "mbpp": ("google-research-datasets/mbpp", "full"),
-    "mbpp_sanitized": ("google-research-datasets/mbpp", "sanitized"),
-    "leetcode": ("TechxGenus/LeetCode-Contest", None),
-    "magicoder": ("ise-uiuc/Magicoder-OSS-Instruct-75K", None),
-    "evol": ("theblackcat102/evol-codealpaca-v1", None),
-}
-FIELDS = {  # what their records must have
-    "humaneval": {
-        "task_id": str,
-        "prompt": str,
-        "entry_point": str,
-        "canonical_solution": str,
-        "test": str,
-    },
-    "mbpp": {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str},
-    "mbpp_sanitized": {
-        "task_id": int,
-        "prompt": str,
-        "code": str,
-        "test_list": list,
-        "test_imports": list,
-    },
-    "leetcode": {"task_id": str, "prompt": str, "test": str},
-    "magicoder": {"problem": str, "solution": str},
-    "evol": {"instruction": str, "output": str},
-}
-LEETCODE_PREAMBLE = "\n".join(
-    [  # what LeetCode imports for its users; numpy, in the authors' list too, is left out
-        "import math",
-        "import re",
-        "import sys",
-        "import copy",
-        "import datetime",
-        "import itertools",
-        "import collections",
-        "import heapq",
-        "import functools",
-        "import hashlib",
-        "import string",
-        "import bisect",
-        "from typing import *",
-        "from collections import *",
-        "from functools import *",
-        "",
-    ]
-)
+LEETCODE_PREAMBLE = """\
+import math, re, sys, copy, datetime, itertools, collections
+import heapq, functools, hashlib, string, bisect
+from typing import *
+from collections import *
+from functools import *
+"""  # what LeetCode imports for its users; numpy, in the authors' list too, is left out
 
 
-def hub_records(dataset):
-    """The records of a data set of the hub, as [(place, record)]; the place names a record in an error message."""
-    name, configuration = HUB[dataset]
-    try:
-        import datasets  # here, since the tiny set must not wait for it
-    except ImportError:
-        sandbox.fail(
-            "the package datasets is missing; run `pip install datasets`, or pass a local copy with --file"
-        )
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # without a network it warns of each of six attempts
-    print(f"loading {name} from the hub", flush=True)
-    try:
-        splits = datasets.load_dataset(name, configuration)
-    except (
-        Exception
-    ) as error:  # no network, no such data set, no access: the library has a dozen types for it
-        reason = str(error).strip().partition("\n")[0]
-        sandbox.fail(
-            f"cannot load {name} from the hub ({reason}); without a network pass a local copy with --file"
-        )
-    return [
-        (f"{name}, split {split}, record {number}", record)
-        for split in splits
-        for number, record in enumerate(splits[split], 1)
-    ]
-
-
-def file_records(path):
-    """The records of a local file, as [(place, record)]: JSON lines, gzipped or not, or one JSON list."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    except (
-        OSError,
-        EOFError,
-        UnicodeDecodeError,
-    ) as error:  # EOFError: a gzip file that was cut off
-        sandbox.fail(
-            f"cannot read {path} ({getattr(error, 'strerror', None) or error}); give a .jsonl or .jsonl.gz file"
-        )
-    if text.startswith("["):  # MBPP's authors publish the sanitized part so
-        try:
-            return [
-                (f"{path}, record {number}", record)
-                for number, record in enumerate(json.loads(text), 1)
-            ]
-        except ValueError as error:
-            sandbox.fail(f"{path}: not a JSON list ({error}); download it again")
-    records = []
-    for number, line in enumerate(
-        text.split("\n"), 1
-    ):  # splitlines() would also split at U+2028 inside a string
-        if line.strip():
-            try:
-                records.append((f"{path}, line {number}", json.loads(line)))
-            except ValueError as error:
-                sandbox.fail(
-                    f"{path}, line {number}: not JSON ({error}); repair or delete the line"
-                )
-    return records
-
-
-def check_record(place, record, dataset):
-    """Stop with one line at a record that has not the fields of its data set."""
-    for name, kind in FIELDS[dataset].items():
-        value = record.get(name) if isinstance(record, dict) else None
-        if (
-            not isinstance(value, kind)
-            or kind is list
-            and not all(isinstance(item, str) for item in value)
-        ):
-            sandbox.fail(
-                f"{place}: field '{name}' is missing or has the wrong type; is this the data set {dataset}?"
-            )
-
-
-def humaneval_problem(record):
-    """HumanEval: the response goes on where the prompt ends, and `check` calls the function."""
-    # The same label every time, but by a seed that the response cannot know: it could foretell the tests' random inputs.
-    seed = (
-        f"import random\nrandom.seed({zlib.crc32(record['test'].encode())})\n"
-        if "random" in record["test"]
-        else ""
-    )
-    # A few tests call helpers that the prompt defines, such as `poly`: they are the tests' own, so that a response which
-    # defines them anew, and wrongly, does not judge itself.
-    helpers = record["prompt"][: record["prompt"].rindex(f"def {record['entry_point']}(")]
+def humaneval_problem(record, split, cfg):
+    """HumanEval(+): the response continues the prompt, and `check` calls the function."""
+    entry_point, test = record["entry_point"], record["test"]
+    # Tests with random inputs get a seed, so that a verdict can be repeated. The response cannot
+    # know it: it could foretell the inputs.
+    seed = f"import random\nrandom.seed({zlib.crc32(test.encode())})\n" if "random" in test else ""
+    # Some tests call helpers that the prompt defines. The tests have their own copy, or a response
+    # that redefines `poly` would judge itself.
+    helpers = record["prompt"][: record["prompt"].rindex(f"def {entry_point}(")]
     return {
         "task_id": record["task_id"],
         "prompt": record["prompt"],
         "prefix": record["prompt"],
-        "setup": seed + helpers + record["test"],
-        "entry_point": record["entry_point"],
-        "tests": [f"check({record['entry_point']})"],
+        "setup": seed + helpers + test,
+        "entry_point": entry_point,
+        "tests": [f"check({entry_point})"],
         "solution": record["canonical_solution"],
-        "source": "humaneval",
     }
 
 
 def called_name(code, tests):
-    """The function that MBPP wants, which no field names: the first call in the tests of a name that `code` defines."""
-    defined = {
-        node.name
-        for node in ast.parse(code).body
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-    }
-    for test in tests:
-        for node in ast.walk(ast.parse(test)):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Name)
-                and node.func.id in defined
-            ):
-                return node.func.id
+    """The function that MBPP asks for: the first name that the tests call and `code` defines."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    defined = {node.name for node in ast.parse(code).body if isinstance(node, kinds)}
+    for node in ast.walk(ast.parse("\n".join(tests))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) in defined:
+            return node.func.id
     return None
 
 
-def mbpp_problem(record, dataset):
-    """MBPP: the prompt shows the tests, since the text does not name the function; the response is a whole program."""
+def mbpp_problem(record, split, cfg):
+    """MBPP, its sanitized part and MBPP+. The prompt shows tests: the text names no function."""
     code = record["code"].replace("\r\n", "\n").rstrip() + "\n"
-    tests = [test.strip() for test in record["test_list"]]
-    text = record["text" if dataset == "mbpp" else "prompt"]
-    setup = record["test_setup_code"] if dataset == "mbpp" else "\n".join(record["test_imports"])
+    asserts = [test.strip() for test in record["test_list"]]
+    setup = record.get("test_setup_code") or "\n".join(record.get("test_imports") or [])
+    text = record.get("text") or record["prompt"]
+    shown = asserts[:1] if cfg.show_one_test else asserts
     return {
-        "task_id": f"{dataset}/{record['task_id']}",
+        "task_id": f"{cfg.dataset}/{record['task_id']}",
         "prompt": f"{text.strip()} Your code should pass these tests:\n\n"
-        + "\n".join(tests)
+        + "\n".join(shown)
         + "\n",
-        "prefix": "",
         "setup": setup.replace("\r\n", "\n"),
-        "entry_point": called_name(code, tests),
-        "tests": tests,
+        "entry_point": called_name(code, asserts),
+        "tests": [record["test"]] if cfg.dataset == "mbpp_plus" else asserts,
         "solution": code,
-        "source": dataset,
     }
 
 
-def leetcode_problem(record):
-    """LeetCode contest: the response completes a method. Each test becomes one assert that stands alone.
+def statements(source, tree):
+    """[(node, text)] of the statements of a parsed module or function."""
+    lines = source.split("\n")
+    return [(n, "\n".join(lines[n.lineno - 1 : n.end_lineno]).strip()) for n in tree.body]
 
-    The file has pairs of `test_input = {...}` and `assert my_solution.method(**test_input) == value`, after
-    `my_solution = Solution()` and, for linked lists, two helpers; these go to the setup.
-    """
-    lines, setup, tests, test_input = record["test"].split("\n"), [], [], "{}"
-    for node in ast.parse(record["test"]).body:
-        source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+
+def leetcode_problem(record, split, cfg):
+    """LeetCode contest: `test_input = {...}` and an assert that uses it become one test."""
+    setup, tests, test_input = [], [], "{}"
+    for node, text in statements(record["test"], ast.parse(record["test"])):
         if isinstance(node, ast.Assert):
-            tests.append(source.replace("**test_input", f"**{test_input}"))
-        elif source.startswith("test_input = "):
-            test_input = source.removeprefix("test_input = ")
+            tests.append(text.replace("**test_input", f"**{test_input}"))
+        elif text.startswith("test_input = "):
+            test_input = text.removeprefix("test_input = ")
         else:
-            setup.append(source)
-    # The file's prompt ends in the open indent of the body. A model would have to go on from blanks, which it never saw.
+            setup.append(text)
     return {
         "task_id": record["task_id"],
+        # The file's prompt ends in the open body's blanks. No model has learned to go on there.
         "prompt": record["prompt"].rstrip(" "),
         "prefix": LEETCODE_PREAMBLE + record["prompt"],
         "setup": "\n".join(setup) + "\n",
         "entry_point": "Solution",
         "tests": tests,
-        "solution": None,
-        "source": "leetcode",
     }
 
 
-def instruction_problem(record, dataset, number):
-    """Magicoder and evol-codealpaca: an instruction and an answer in Markdown, without tests: for SFT only."""
-    instruction, answer = (record[name] for name in FIELDS[dataset])
+def leetcodedataset_problem(record, split, cfg):
+    """LeetCodeDataset: each assert of `check(candidate)` becomes a test with its own Solution()."""
+    prompt, setup = record["prompt"], ""
+    check = ast.parse(record["test"]).body[-1]
+    tests = []
+    for node, text in statements(record["test"], check):
+        if not isinstance(node, ast.Assert):
+            raise ValueError("its check function is not a list of asserts")
+        tests.append(text.replace("candidate(", f"{record['entry_point']}(", 1))
+    if "is_same_" in record["test"]:
+        # The tests build the expected list or tree with classes of their own: those of the response
+        # could make any two lists equal.
+        setup = re.sub(r"\b(ListNode|TreeNode|list_node|tree_node)\b", r"expected_\1", prompt)
+        last = re.compile(r"(.*, )(list_node|tree_node)\(", re.S)
+        tests = [last.sub(r"\1expected_\2(", test, count=1) for test in tests]
     return {
-        "task_id": f"{dataset}/{number}",
-        "prompt": instruction.rstrip() + "\n",
-        "prefix": "",
-        "setup": "",
-        "entry_point": None,
-        "tests": [],
-        "solution": answer.rstrip() + "\n",
-        "source": dataset,
+        "task_id": f"leetcodedataset/{record['task_id']}",
+        "prompt": record["query"].rstrip() + "\n",
+        "prefix": prompt + "\n",
+        "setup": setup,
+        "entry_point": record["entry_point"].partition("(")[0],
+        "tests": tests,
+        # A worked answer, as a chat model would give it, is what SFT should learn.
+        "solution": record["response" if split == "train" else "completion"],
     }
 
 
-def mbpp_splits(records, problems, seed):
-    """MBPP's usual splits by number: 11-510 test, 511-600 validation, 601-974 training, halved into rm and ppo.
+def program_problem(question, starter_code, name, tests, solution):
+    """A problem of a judge: a function or method `name`, or a program with stdin and stdout."""
+    in_class = "class Solution" in starter_code
+    if starter_code.strip():
+        task = f"Complete this code:\n\n```python\n{starter_code.rstrip()}\n```"
+    elif name:
+        task = f"Write a Python function `{name}`."
+    else:
+        task = "Write a Python program that reads standard input and writes standard output."
+    return {
+        "prompt": f"{question.strip()}\n\n{task}\n",
+        "prefix": LEETCODE_PREAMBLE if in_class else "",
+        "entry_point": "Solution" if in_class else name,
+        "tests": tests,
+        "solution": solution,
+    }
 
-    1-10 are left out: they are the examples that few-shot prompts show.
-    """
-    splits = {"rm": [], "ppo": [], "validation": [], "test": []}
-    training = [problem for record, problem in zip(records, problems) if record["task_id"] > 600]
-    random.Random(f"mbpp {seed}").shuffle(training)
-    splits["rm"], splits["ppo"] = training[: len(training) // 2], training[len(training) // 2 :]
-    for record, problem in zip(records, problems):
-        if 10 < record["task_id"] <= 600:
-            splits["test" if record["task_id"] <= 510 else "validation"].append(problem)
-    return splits
+
+def call_test(name, starter_code, arguments, expected, comparison="=="):
+    """An assert that calls a function, or a method of a new Solution."""
+    call = f"Solution().{name}" if "class Solution" in starter_code else name
+    return f"assert {call}({', '.join(map(repr, arguments))}) {comparison} {expected!r}"
+
+
+def joined(value):
+    """Input or output of a program: some records have a list of lines."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def input_output_problem(record, split, cfg):
+    """APPS and TACO: `input_output` is JSON, with `fn_name` where a function is asked for."""
+    data = json.loads(record["input_output"] or "{}")
+    starter_code, name = record.get("starter_code") or "", data.get("fn_name")
+    solutions = json.loads(record.get("solutions") or "[]")
+    tests = []
+    for given, expected in zip(data.get("inputs", ()), data.get("outputs", ()), strict=True):
+        if not name:
+            tests.append({"input": joined(given), "output": joined(expected)})
+        elif not isinstance(given, list):
+            raise ValueError("the arguments of a call are not a list")
+        elif isinstance(expected, list) and len(expected) == 1:
+            # Their own judge takes x for [x], since some records wrap each result in a list.
+            tests.append(call_test(name, starter_code, given, [expected, *expected], "in"))
+        else:
+            tests.append(call_test(name, starter_code, given, expected))
+    solution = solutions[0] if solutions else None
+    return program_problem(record["question"], starter_code, name, tests, solution)
+
+
+def code_contests_problem(record, split, cfg):
+    """CodeContests: programs with stdin and stdout; 3 is its number for Python 3."""
+    tests = []
+    for name in ("public_tests", "private_tests", "generated_tests"):
+        pairs = zip(record[name]["input"], record[name]["output"], strict=True)
+        tests += [{"input": given, "output": expected} for given, expected in pairs]
+    solutions = zip(record["solutions"]["language"], record["solutions"]["solution"])
+    solution = next((code for language, code in solutions if language == 3), None)
+    return program_problem(record["description"], "", None, tests, solution)
+
+
+class StringUnpickler(pickle.Unpickler):
+    """Loads plain data alone: a pickle that names a class or a function could run anything."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"the private tests ask for {module}.{name}")
+
+
+def private_tests(text):
+    """LiveCodeBench's private tests: JSON, or a pickled JSON string, compressed, in base64."""
+    if not text.startswith("["):
+        text = StringUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load()
+        if not isinstance(text, str):
+            raise ValueError("the pickle of the private tests holds no string")
+    return json.loads(text)
+
+
+def livecodebench_problem(record, split, cfg):
+    """LiveCodeBench: tests of methods have one JSON argument per line; the others use stdin."""
+    starter_code, tests = record["starter_code"], []
+    name = json.loads(record["metadata"]).get("func_name")
+    for test in json.loads(record["public_test_cases"]) + private_tests(
+        record["private_test_cases"]
+    ):
+        if test["testtype"] == "functional":
+            arguments = [json.loads(line) for line in test["input"].split("\n")]
+            tests.append(call_test(name, starter_code, arguments, json.loads(test["output"])))
+        else:
+            tests.append({"input": test["input"], "output": test["output"]})
+    problem = program_problem(record["question_content"], starter_code, name, tests, None)
+    return {"task_id": f"livecodebench/{record['question_id']}", **problem}
+
+
+def instruction_problem(record, split, cfg):
+    """Magicoder and evol-codealpaca: an instruction and an answer in Markdown, for SFT alone."""
+    names = ("problem", "solution") if cfg.dataset == "magicoder" else ("instruction", "output")
+    instruction, answer = (record[name].rstrip() + "\n" for name in names)
+    return {"prompt": instruction, "solution": answer}
+
+
+# ---- public problem sets: the table, and how it is read ----
+
+
+@dataclasses.dataclass
+class ProblemSet:
+    """Where a set is, and how its records become problems."""
+
+    hub: str  # name on the Hugging Face hub
+    convert: Callable  # (record, split of its file, cfg) -> problem
+    splits: (
+        str  # "test" or "sft": all of it; "number": MBPP's usual split; "file": as the files say
+    )
+    hub_name: str | None = None  # configuration on the hub
+    hub_files: dict | None = None  # {split: files}, where the repository has a loading script
+    incomplete: bool = False  # records without usable tests are known, and are left out by name
+
+
+LCB_FILES = {"test": "test*.jsonl"}
+APPS_FILES = {"train": "train.jsonl", "test": "test.jsonl"}
+TACO_FILES = {"train": "train/*.arrow", "test": "test/*.arrow"}
+MBPP = "google-research-datasets/mbpp"
+SETS = {
+    "humaneval": ProblemSet("openai/openai_humaneval", humaneval_problem, "test"),
+    "humaneval_plus": ProblemSet("evalplus/humanevalplus", humaneval_problem, "test"),
+    "mbpp": ProblemSet(MBPP, mbpp_problem, "number", "full"),
+    "mbpp_sanitized": ProblemSet(MBPP, mbpp_problem, "number", "sanitized"),
+    "mbpp_plus": ProblemSet("evalplus/mbppplus", mbpp_problem, "test"),
+    "leetcode": ProblemSet("TechxGenus/LeetCode-Contest", leetcode_problem, "test"),
+    "leetcodedataset": ProblemSet("newfacade/LeetCodeDataset", leetcodedataset_problem, "file"),
+    "livecodebench": ProblemSet(
+        "livecodebench/code_generation_lite", livecodebench_problem, "test", hub_files=LCB_FILES
+    ),
+    "apps": ProblemSet("codeparrot/apps", input_output_problem, "file", None, APPS_FILES, True),
+    "taco": ProblemSet("BAAI/TACO", input_output_problem, "file", None, TACO_FILES, True),
+    "code_contests": ProblemSet(
+        "deepmind/code_contests", code_contests_problem, "file", incomplete=True
+    ),
+    "magicoder": ProblemSet("ise-uiuc/Magicoder-OSS-Instruct-75K", instruction_problem, "sft"),
+    "evol": ProblemSet("theblackcat102/evol-codealpaca-v1", instruction_problem, "sft"),
+}
+SHARES = {  # of training problems
+    "number": {"rm": 0.5, "ppo": 0.5},
+    "file": {"sft": 0.4, "rm": 0.3, "ppo": 0.2, "validation": 0.1},
+}
+CONTEST_IDS = range(
+    2811, 3311
+)  # question ids of the LeetCode contest set, July 2023 - January 2024
+
+
+def hub_records(dataset):
+    """Yield (split, place, record) from the hub; the place names a record in an error message."""
+    import datasets  # not at the top: it takes seconds, and the tiny set does not need it
+
+    row = SETS[dataset]
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every failed attempt
+    try:
+        if row.hub_files:
+            loader = "arrow" if ".arrow" in row.hub_files["test"] else "json"
+            root = f"hf://datasets/{row.hub}/"
+            files = {split: root + pattern for split, pattern in row.hub_files.items()}
+            splits = datasets.load_dataset(loader, data_files=files)
+        else:
+            splits = datasets.load_dataset(row.hub, row.hub_name)
+    except Exception as error:  # no network, no such set, no access: a dozen types
+        reason = str(error).strip().partition("\n")[0]
+        sandbox.fail(
+            f"cannot load {row.hub} from the hub ({reason}); pass a local copy with --file"
+        )
+    for split in splits:
+        for number, record in enumerate(splits[split], 1):
+            yield split, f"{row.hub}, split {split}, record {number}", record
+
+
+def file_records(dataset, path):
+    """Yield (split, place, record) from a local file. Its name says which split it is."""
+    name = Path(path).name
+    found = re.search(r"(?<![a-z])(train|test|valid)", name.lower())
+    if SETS[dataset].splits == "file" and not found:
+        sandbox.fail(
+            f"--file {path}: its name must contain train, valid or test, to say what it is"
+        )
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        records = sandbox.read_jsonl(path, {})
+    elif name.endswith((".json", ".parquet")):
+        try:
+            if name.endswith(".json"):
+                records = json.loads(Path(path).read_text(encoding="utf-8"))
+            else:
+                import pyarrow.parquet  # comes with datasets
+
+                records = pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            sandbox.fail(f"--file {path} cannot be read ({error})")
+    else:
+        sandbox.fail(f"--file {path}: .jsonl, .jsonl.gz, .json or .parquet is needed")
+    for number, record in enumerate(records, 1):
+        yield found and found[1], f"{path}, record {number}", record
+
+
+def split_of(dataset, split, record):
+    """Where a problem goes: the name of a split, "training" to be divided, or None for nowhere."""
+    rule = SETS[dataset].splits
+    if rule == "number":  # MBPP's usual split; 1 to 10 are the examples of few-shot prompts
+        number = record["task_id"]
+        limits = ((10, None), (510, "test"), (600, "validation"))
+        return next((name for limit, name in limits if number <= limit), "training")
+    if rule == "file":
+        question = record.get("question_id") or (record.get("meta") or {}).get("question_id")
+        if split == "train" and dataset == "leetcodedataset" and question in CONTEST_IDS:
+            return None  # the test problems of `leetcode` are among these
+        return {"train": "training", "test": "test"}.get(split, "validation")
+    return rule
 
 
 def public_splits(cfg):
-    """{split: problems} of a public data set; splits without problems are left out."""
-    places_and_records = file_records(cfg.file) if cfg.file else hub_records(cfg.dataset)
-    problems = []
-    for number, (place, record) in enumerate(places_and_records):
-        check_record(place, record, cfg.dataset)
-        try:
-            if cfg.dataset == "humaneval":
-                problems.append(humaneval_problem(record))
-            elif cfg.dataset == "leetcode":
-                problems.append(leetcode_problem(record))
-            elif cfg.dataset in ("mbpp", "mbpp_sanitized"):
-                problems.append(mbpp_problem(record, cfg.dataset))
-            else:
-                problems.append(instruction_problem(record, cfg.dataset, number))
-        except (SyntaxError, ValueError) as error:
-            sandbox.fail(
-                f"{place}: code that Python cannot parse ({error}); repair or delete the record"
-            )
-    if cfg.dataset in ("mbpp", "mbpp_sanitized"):
-        splits = mbpp_splits([record for _, record in places_and_records], problems, cfg.seed)
+    """{split: problems} of a public set, and left_out: the records that cannot be tested."""
+    row, splits, left_out, places = SETS[cfg.dataset], {"training": []}, [], {}
+    splits |= {split: [] for split in SPLITS}
+    if cfg.file:
+        sources = [item for path in cfg.file for item in file_records(cfg.dataset, path)]
     else:
-        splits = {"test" if cfg.dataset in ("humaneval", "leetcode") else "sft": problems}
-    splits = {split: records for split, records in splits.items() if records}
+        sources = hub_records(cfg.dataset)
+    for number, (source, place, record) in enumerate(sources):
+        problem = {"task_id": f"{cfg.dataset}/{number}", "prompt": "", "prefix": "", "setup": ""}
+        problem |= {"entry_point": None, "tests": [], "solution": None, "source": cfg.dataset}
+        try:
+            problem |= row.convert(record, source, cfg)
+            json.dumps(problem, ensure_ascii=False).encode()  # half of a surrogate pair fails here
+            if not problem["tests"] and row.splits != "sft":
+                raise ValueError("it has no tests")
+            split = split_of(cfg.dataset, source, record)
+        except (SyntaxError, ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            if not row.incomplete:
+                sandbox.fail(f"{place}: it cannot become a problem of {cfg.dataset} ({reason})")
+            left_out.append({"place": place, "reason": reason})
+            continue
+        if places.setdefault(problem["task_id"], place) != place:
+            first = places[problem["task_id"]]
+            sandbox.fail(f"{place}: task_id {problem['task_id']!r} repeats that of {first}")
+        if split:
+            splits[split].append(problem)
+    training = splits.pop("training")
+    random.Random(f"{cfg.dataset} {cfg.seed}").shuffle(training)
+    start = end = 0.0
+    for split, share in SHARES.get(row.splits, {}).items():
+        start, end = end, end + share
+        splits[split] += training[round(start * len(training)) : round(end * len(training))]
+    if row.splits == "file":  # SFT needs solutions, the reward model needs tests alone
+        splits["rm"] += [problem for problem in splits["sft"] if not problem["solution"]]
+        splits["sft"] = [problem for problem in splits["sft"] if problem["solution"]]
+    splits = {split: problems for split, problems in splits.items() if problems}
     if not splits:
-        sandbox.fail(
-            f"{cfg.file or HUB[cfg.dataset][0]} has no problems; give a file with at least one record"
-        )
-    return splits
+        sandbox.fail(f"{cfg.dataset}: no record can be used; the first one: {left_out[:1]}")
+    return splits | ({"left_out": left_out} if left_out else {})
 
 
 # ---- main ----
@@ -995,6 +1030,13 @@ def public_splits(cfg):
 
 def check_config(cfg):
     """Refuse settings that cannot work, in one line."""
+    if cfg.dataset not in ("tiny", *SETS):
+        sandbox.fail(f"--dataset {cfg.dataset}: choose one of tiny, {', '.join(SETS)}")
+    if cfg.file and cfg.dataset == "tiny":
+        sandbox.fail("--file goes with a public set; add --dataset humaneval, for example")
+    for path in cfg.file:
+        if not Path(path).is_file():
+            sandbox.fail(f"--file {path} does not exist")
     for split in SPLITS:
         if getattr(cfg, split) < 1:
             sandbox.fail(f"--{split} {getattr(cfg, split)}: a split needs at least one problem")
