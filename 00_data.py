@@ -49,77 +49,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
 
 import sandbox
 
 SPLITS = ("sft", "rm", "ppo", "validation", "test")
 
 
+def listed(*values):
+    """Default of a Config field that is a list."""
+    return dataclasses.field(default_factory=lambda: list(values))
+
+
 @dataclasses.dataclass
 class Config:
-    dataset: str = "tiny"  # which problems to write: tiny, or a public set of the table SETS
-    file: list[str] = dataclasses.field(
-        default_factory=list
-    )  # local copies of a public set's files (.jsonl, .jsonl.gz, .json, .parquet); or the hub
+    dataset: str = "tiny"  # which problems: tiny, or a public set (docs/datasets.md has the table)
+    file: list[str] = listed()  # local files of a public set (.jsonl, .gz, .json, .parquet)
     out: str = ""  # output folder; empty: data/<dataset>
     seed: int = 0  # seed of everything random
-    show_one_test: bool = False  # MBPP: one test in the prompt, not all; for --reward tests
+    show_one_test: bool = False  # MBPP: one test in the prompt instead of all; for --reward tests
     sft: int = 6000  # tiny: problems with flawed solutions, for fine-tuning; paper: 130k
     rm: int = 3000  # tiny: prompts for the reward model; paper: 7k
     ppo: int = 1000  # tiny: prompts for PPO; paper: 3k
     validation: int = 300  # tiny: problems that choose the best checkpoint
-    test: int = (
-        500  # tiny: problems that choose nothing; 95% interval of a pass rate: about 4 points
-    )
-    lengths: list[float] = dataclasses.field(
-        default_factory=lambda: [5, 30, 35, 20, 10]
-    )  # tiny: shares of problems with 1, 2, .. steps; longer is harder
-    hard_share: float = 0.21  # tiny: share of step kinds that are mostly wrong; lowers greedy SFT
-
-
-# ---- settings of a finished stage (same name, same code in every stage) ----
-
-# Flags that change no result: a finished stage may be run again with other values of these.
-FREE_FLAGS = {
-    "gradient_checkpointing",
-    "micro_batch_size",
-    "resume",
-    "score_batch_size",
-    "threads",
-    "workers",
-}
-
-
-def finished(cfg, directory):
-    """True if `directory` holds this stage's output, made with the same settings; others are refused.
-
-    `stage_config.json` is the last file that a stage writes, so it marks the output as complete.
-    """
-    path = Path(directory) / "stage_config.json"
-    if not path.is_file():
-        return False
-    old, new = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(cfg)
-    changed = [
-        f"{name} was {old.get(name)!r}, now {new[name]!r}"
-        for name in new
-        if name not in FREE_FLAGS and old.get(name) != new[name]
-    ]
-    if changed:
-        sandbox.fail(
-            f"{directory} was made with other settings ({'; '.join(changed)}); "
-            "delete it or choose another --out"
-        )
-    print(f"{directory} is finished; delete it to run this stage again")
-    return True
-
-
-def save_config(cfg, directory):
-    """Save the settings beside the output, as the mark that it is complete."""
-    text = json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
-    temporary = Path(directory) / "stage_config.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(Path(directory) / "stage_config.json")
+    test: int = 500  # tiny: problems that choose nothing; 95% interval of pass@1: about 4 points
+    lengths: list[float] = listed(5, 30, 35, 20, 10)  # tiny: weights of problems of 1, 2, .. steps
+    hard_share: float = 0.21  # tiny: share of the kinds of step that are mostly wrong
 
 
 # ---- the tiny set: kinds of step ----
@@ -577,7 +531,7 @@ def tiny_splits(cfg):
     pool, rates = input_pool(cfg.seed), flaw_rates(cfg.hard_share)
     sizes = dict(zip(SPLITS, (cfg.sft, cfg.rm, cfg.ppo, cfg.validation, cfg.test)))
     splits, prompts = {}, set()
-    bar = tqdm(total=sum(sizes.values()), unit="problem", mininterval=1, disable=None)
+    bar = sandbox.progress_bar(sum(sizes.values()), "problems")
     for split, size in sizes.items():
         rng = random.Random(f"{split} {cfg.seed}")
         place = split if split in ("validation", "test") else "training"
@@ -705,9 +659,7 @@ def mbpp_problem(record, split, cfg):
     shown = asserts[:1] if cfg.show_one_test else asserts
     return {
         "task_id": f"{cfg.dataset}/{record['task_id']}",
-        "prompt": f"{text.strip()} Your code should pass these tests:\n\n"
-        + "\n".join(shown)
-        + "\n",
+        "prompt": "\n".join([f"{text.strip()} Your code should pass these tests:\n", *shown, ""]),
         "setup": setup.replace("\r\n", "\n"),
         "entry_point": called_name(code, asserts),
         "tests": [record["test"]] if cfg.dataset == "mbpp_plus" else asserts,
@@ -833,7 +785,7 @@ class StringUnpickler(pickle.Unpickler):
     """Loads plain data alone: a pickle that names a class or a function could run anything."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"the private tests ask for {module}.{name}")
+        raise ValueError(f"the private tests ask for {module}.{name}")
 
 
 def private_tests(text):
@@ -849,9 +801,8 @@ def livecodebench_problem(record, split, cfg):
     """LiveCodeBench: tests of methods have one JSON argument per line; the others use stdin."""
     starter_code, tests = record["starter_code"], []
     name = json.loads(record["metadata"]).get("func_name")
-    for test in json.loads(record["public_test_cases"]) + private_tests(
-        record["private_test_cases"]
-    ):
+    public = json.loads(record["public_test_cases"])
+    for test in public + private_tests(record["private_test_cases"]):
         if test["testtype"] == "functional":
             arguments = [json.loads(line) for line in test["input"].split("\n")]
             tests.append(call_test(name, starter_code, arguments, json.loads(test["output"])))
@@ -877,9 +828,7 @@ class ProblemSet:
 
     hub: str  # name on the Hugging Face hub
     convert: Callable  # (record, split of its file, cfg) -> problem
-    splits: (
-        str  # "test" or "sft": all of it; "number": MBPP's usual split; "file": as the files say
-    )
+    splits: str  # all of it "test" or "sft", "number": MBPP's usual split, "file": as the files say
     hub_name: str | None = None  # configuration on the hub
     hub_files: dict | None = None  # {split: files}, where the repository has a loading script
     incomplete: bool = False  # records without usable tests are known, and are left out by name
@@ -912,9 +861,7 @@ SHARES = {  # of training problems
     "number": {"rm": 0.5, "ppo": 0.5},
     "file": {"sft": 0.4, "rm": 0.3, "ppo": 0.2, "validation": 0.1},
 }
-CONTEST_IDS = range(
-    2811, 3311
-)  # question ids of the LeetCode contest set, July 2023 - January 2024
+CONTEST_IDS = range(2811, 3311)  # LeetCode's question ids, from first to last of set `leetcode`
 
 
 def hub_records(dataset):
@@ -933,9 +880,7 @@ def hub_records(dataset):
             splits = datasets.load_dataset(row.hub, row.hub_name)
     except Exception as error:  # no network, no such set, no access: a dozen types
         reason = str(error).strip().partition("\n")[0]
-        sandbox.fail(
-            f"cannot load {row.hub} from the hub ({reason}); pass a local copy with --file"
-        )
+        sandbox.fail(f"cannot load {row.hub} ({reason}); pass a local copy with --file")
     for split in splits:
         for number, record in enumerate(splits[split], 1):
             yield split, f"{row.hub}, split {split}, record {number}", record
@@ -946,9 +891,7 @@ def file_records(dataset, path):
     name = Path(path).name
     found = re.search(r"(?<![a-z])(train|test|valid)", name.lower())
     if SETS[dataset].splits == "file" and not found:
-        sandbox.fail(
-            f"--file {path}: its name must contain train, valid or test, to say what it is"
-        )
+        sandbox.fail(f"--file {path}: its name must tell the split: train, valid or test")
     if name.endswith((".jsonl", ".jsonl.gz")):
         records = sandbox.read_jsonl(path, {})
     elif name.endswith((".json", ".parquet")):
@@ -968,18 +911,18 @@ def file_records(dataset, path):
 
 
 def split_of(dataset, split, record):
-    """Where a problem goes: the name of a split, "training" to be divided, or None for nowhere."""
+    """Where a problem goes: a split, "training" (to be divided) or None (nowhere)."""
     rule = SETS[dataset].splits
-    if rule == "number":  # MBPP's usual split; 1 to 10 are the examples of few-shot prompts
-        number = record["task_id"]
+    if rule == "number":  # 1 to 10 are the examples of few-shot prompts
         limits = ((10, None), (510, "test"), (600, "validation"))
-        return next((name for limit, name in limits if number <= limit), "training")
-    if rule == "file":
-        question = record.get("question_id") or (record.get("meta") or {}).get("question_id")
-        if split == "train" and dataset == "leetcodedataset" and question in CONTEST_IDS:
-            return None  # the test problems of `leetcode` are among these
-        return {"train": "training", "test": "test"}.get(split, "validation")
-    return rule
+        return next((name for limit, name in limits if record["task_id"] <= limit), "training")
+    if rule != "file":
+        return rule
+    if dataset == "leetcodedataset" and split == "train":
+        number = record["question_id"] if "question_id" in record else record["meta"]["question_id"]
+        if int(number) in CONTEST_IDS:  # so that no problem of `leetcode` is trained on
+            return None
+    return {"train": "training", "test": "test"}.get(split, "validation")
 
 
 def public_splits(cfg):
@@ -999,7 +942,7 @@ def public_splits(cfg):
             if not problem["tests"] and row.splits != "sft":
                 raise ValueError("it has no tests")
             split = split_of(cfg.dataset, source, record)
-        except (SyntaxError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except Exception as error:  # records can be wrong in a dozen ways
             reason = f"{type(error).__name__}: {error}"
             if not row.incomplete:
                 sandbox.fail(f"{place}: it cannot become a problem of {cfg.dataset} ({reason})")
@@ -1050,12 +993,10 @@ def main(cfg):
     """Make the problems, then put the finished folder in place."""
     check_config(cfg)
     out = Path(cfg.out or f"data/{cfg.dataset}")
-    if finished(cfg, out):
+    if sandbox.finished(cfg, out):
         return
     if out.exists():
-        sandbox.fail(
-            f"{out} exists but was not made by this stage; delete it or choose another --out"
-        )
+        sandbox.fail(f"{out} exists, without a finished set; delete it or choose another --out")
     started = time.perf_counter()
     files = tiny_splits(cfg) if cfg.dataset == "tiny" else public_splits(cfg)
     if cfg.dataset == "tiny":
@@ -1065,7 +1006,7 @@ def main(cfg):
     temporary.mkdir(parents=True)
     for name, records in files.items():
         sandbox.write_jsonl(temporary / f"{name}.jsonl", records)
-    save_config(cfg, temporary)
+    sandbox.save_config(cfg, temporary)
     os.rename(temporary, out)
     counts = ", ".join(f"{len(records)} {name}" for name, records in files.items())
     print(f"{out}: {counts} in {time.perf_counter() - started:.0f} s")
