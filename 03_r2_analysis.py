@@ -406,7 +406,7 @@ def plot(policies, out):
             bars.plot(np.arange(len(value)) + offset, value, "o", **style)
             bars.vlines(np.arange(len(value)) + offset, low, high, color=colour)
         curve.set(title=name, xlabel="mean reward, in standard deviations", ylabel="actual score")
-        bars.set(title=name, ylabel="signed R², 95% interval", ylim=(None, 1.02))
+        bars.set(title=name, ylabel="signed R², 95% interval")
         bars.set_xticks(range(len(STRATEGIES)), STRATEGIES, rotation=40, ha="right")
         for axis in (curve, bars):
             axis.grid(alpha=0.3)
