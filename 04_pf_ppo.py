@@ -28,6 +28,7 @@ parameters. One GPU; scale/ puts the same filter into engines for several.
 import contextlib
 import copy
 import dataclasses
+import math
 import random
 import resource
 import shutil
@@ -630,20 +631,21 @@ def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
     A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
-    others.
+    others. EOS and pad stand in the config, where other programs look for them.
     """
     check_folder(path)
     config = AutoConfig.from_pretrained(path, **options)
     for name, value in config.to_dict().items():  # every architecture has names of its own
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-    config.pad_token_id = tokenizer.pad_token_id
     model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
     rows = model.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
 
 
@@ -799,26 +801,30 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     Args:
         prompts: list of token id lists; repeats: responses to each.
         temperature: divides the logits; 0 is greedy.
-        cfg: has max_new_tokens and generate_batch_size, the rows (at least `repeats`) of a batch.
+        cfg: has max_new_tokens, and generate_batch_size, the responses computed at once.
         progress: label of a progress bar, or None for silence.
     Returns: responses and their logprobs under the sampling distribution, two lists of
         len(prompts) * repeats lists, in order of prompt. A response without EOS is truncated.
     """
     training = model.training
     model.eval()  # in training mode gradient checkpointing would switch the cache off
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    width = max(1, cfg.generate_batch_size // repeats)  # prompts per batch
-    done = {}
+    count = min(repeats, cfg.generate_batch_size)  # responses to a prompt in one batch
+    order = sorted(
+        list(range(len(prompts))) * math.ceil(repeats / count), key=lambda i: -len(prompts[i])
+    )
+    width = cfg.generate_batch_size // count  # prompts in one batch
+    done = [[] for _ in prompts]
     with sandbox.progress_bar(len(prompts) * repeats, progress) as bar:
         for start in range(0, len(order), width):
             batch = order[start : start + width]
             rows = generate_batch(
-                model, tokenizer, [prompts[i] for i in batch], repeats, temperature, cfg
+                model, tokenizer, [prompts[i] for i in batch], count, temperature, cfg
             )
-            done |= {i: rows[k * repeats : (k + 1) * repeats] for k, i in enumerate(batch)}
+            for k, row in enumerate(rows):
+                done[batch[k // count]].append(row)
             bar.update(len(rows))
     model.train(training)
-    rows = [row for i in range(len(prompts)) for row in done[i]]
+    rows = [row for group in done for row in group[:repeats]]
     return [ids for ids, _ in rows], [logprobs for _, logprobs in rows]
 
 
