@@ -172,8 +172,6 @@ def main(cfg):
     else:
         tokenizer = load_tokenizer(cfg.model, cfg.plain)
         model = load_model(AutoModelForCausalLM, cfg.model, tokenizer)
-    # Inference servers read the end of a response from both.
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     context = getattr(model.config, "max_position_embeddings", None) or cfg.max_length
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -371,20 +369,21 @@ def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
     A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
-    others.
+    others. EOS and pad stand in the config, where other programs look for them.
     """
     check_folder(path)
     config = AutoConfig.from_pretrained(path, **options)
     for name, value in config.to_dict().items():  # every architecture has names of its own
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-    config.pad_token_id = tokenizer.pad_token_id
     model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
     rows = model.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
 
 
