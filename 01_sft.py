@@ -70,9 +70,7 @@ class Config:
     hidden_size: int = 128  # scratch only: width of the model, a multiple of 32
     layers: int = 4  # scratch only: transformer blocks
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
-    bf16: Literal["auto", "on", "off"] = (
-        "auto"  # bf16 autocast over float32 weights; auto: on a GPU
-    )
+    bf16: Literal["auto", "on", "off"] = "auto"  # autocast over float32 weights; auto: on a GPU
     lora_rank: int = 0  # train LoRA adapters of this rank (needs peft); 0: train all weights
     threads: int = 0  # PyTorch CPU threads, 0: PyTorch's choice
     seed: int = 0  # initial weights, held-out examples, order of the batches

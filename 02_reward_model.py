@@ -84,9 +84,7 @@ class Config:
     timeout: float = 1.0  # CPU seconds per program
     workers: int = 0  # sandbox processes, 0: one per core
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
-    bf16: Literal["auto", "on", "off"] = (
-        "auto"  # bf16 autocast over float32 weights; auto: on a GPU
-    )
+    bf16: Literal["auto", "on", "off"] = "auto"  # autocast over float32 weights; auto: on a GPU
     lora_rank: int = 0  # train LoRA adapters of this rank (needs peft); 0: train all weights
     threads: int = 0  # PyTorch CPU threads, 0: PyTorch's choice
     seed: int = 0  # sampling, pairs, order of the batches, the head's first weights
@@ -201,8 +199,8 @@ def main(cfg):
     ]
     if not pairs or not validation_pairs:
         sandbox.fail(
-            f"{cfg.data} gives {len(pairs)} pairs, {cfg.validation} {len(validation_pairs)}: they take "
-            "a passing and a failing response; give other problems or another policy"
+            f"{cfg.data} gives {len(pairs)} pairs and {cfg.validation} {len(validation_pairs)}; one takes "
+            "a passing and a failing response, so give other problems or another policy"
         )
 
     # ---- optimiser, start or resume. Pairs and batches follow from the seed and dropout is 0, so
