@@ -7,13 +7,13 @@ Writes  data/<dataset>/{sft,rm,ppo,validation,test}.jsonl, as far as the set has
 
 A line of data/tiny/sft.jsonl, spread out:
 
-    {"task_id": "tiny/sft/622",
-     "prompt": "\"\"\"decrease it by 2, then square the number.\"\"\"\ndef solve(n):\n",
+    {"task_id": "tiny/sft/147",
+     "prompt": "\"\"\"halve the number rounding down, then take its square.\"\"\"\ndef solve(n):\n",
      "prefix": "def solve(n):\n", "setup": "", "entry_point": "solve",
-     "tests": ["assert solve(0) == 4", "assert solve(-20) == 484", "assert solve(3) == 1",
-               "assert solve(-23) == 625", "assert solve(5) == 9", "assert solve(-17) == 361"],
-     "solution": "    n = n - 2\n    return n * 2\n", "source": "tiny",
-     "steps": ["minus", "squared"], "flaw": [2]}
+     "tests": ["assert solve(0) == 0", "assert solve(-4) == 4", "assert solve(53) == 676",
+               "assert solve(-16) == 64", "assert solve(36) == 324", "assert solve(25) == 144"],
+     "solution": "    n = n % 2\n    return n * n\n", "source": "tiny",
+     "steps": ["half", "squared"], "flaw": [1]}
 
 `prefix + solution` is the program. `setup` runs after it, before the tests. Only the tiny set has
 `steps`, and only its sft.jsonl has `flaw`: the numbers of the wrong steps, null for none.
