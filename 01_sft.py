@@ -172,7 +172,7 @@ def main(cfg):
         model = load_model(AutoModelForCausalLM, cfg.model, tokenizer)
     context = getattr(model.config, "max_position_embeddings", None) or cfg.max_length
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     if cfg.lora_rank:
         model = add_adapters(model, cfg.lora_rank, "CAUSAL_LM")
     model.to(device).train()

@@ -172,7 +172,7 @@ def main(cfg):
         AutoModelForSequenceClassification, cfg.policy, tokenizer, num_labels=1
     )
     if cfg.gradient_checkpointing:
-        reward_model.gradient_checkpointing_enable({"use_reentrant": False})
+        reward_model.activation_checkpointing_enable()
     limits = cfg.max_new_tokens, reward_model.config
     prompts = encode_prompts(tokenizer, problems, *limits)
     validation_prompts = encode_prompts(tokenizer, validation, *limits)
@@ -199,8 +199,8 @@ def main(cfg):
     ]
     if not pairs or not validation_pairs:
         sandbox.fail(
-            f"{cfg.data} gives {len(pairs)} pairs and {cfg.validation} {len(validation_pairs)}; one takes "
-            "a passing and a failing response, so give other problems or another policy"
+            f"{len(pairs)} pairs from {cfg.data}, {len(validation_pairs)} from {cfg.validation}; a "
+            "pair is a passing and a failing response: give other problems or another policy"
         )
 
     # ---- optimiser, start or resume. Pairs and batches follow from the seed and dropout is 0, so
