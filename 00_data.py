@@ -76,6 +76,50 @@ class Config:
     hard_share: float = 0.21  # tiny: share of the kinds of step that are mostly wrong
 
 
+# ---- main ----
+
+
+def main(cfg):
+    """Make the problems, then put the finished folder in place."""
+    check_config(cfg)
+    out = Path(cfg.out or f"data/{cfg.dataset}")
+    if sandbox.finished(cfg, out):
+        return
+    if out.exists():
+        sandbox.fail(f"{out} exists, without a finished set; delete it or choose another --out")
+    started = time.perf_counter()
+    files = tiny_splits(cfg) if cfg.dataset == "tiny" else public_splits(cfg)
+    if cfg.dataset == "tiny":
+        files["plum"] = plum_records(files["sft"], cfg.seed)
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, records in files.items():
+        sandbox.write_jsonl(temporary / f"{name}.jsonl", records)
+    sandbox.save_config(cfg, temporary)
+    os.rename(temporary, out)
+    counts = ", ".join(f"{len(records)} {name}" for name, records in files.items())
+    print(f"{out}: {counts} in {time.perf_counter() - started:.0f} s")
+
+
+def check_config(cfg):
+    """Refuse settings that cannot work, in one line."""
+    if cfg.dataset not in ("tiny", *SETS):
+        sandbox.fail(f"--dataset {cfg.dataset}: choose one of tiny, {', '.join(SETS)}")
+    if cfg.file and cfg.dataset == "tiny":
+        sandbox.fail("--file goes with a public set; add --dataset humaneval, for example")
+    for path in cfg.file:
+        if not Path(path).is_file():
+            sandbox.fail(f"--file {path} does not exist")
+    for split in SPLITS:
+        if getattr(cfg, split) < 1:
+            sandbox.fail(f"--{split} {getattr(cfg, split)}: a split needs at least one problem")
+    if not 1 <= len(cfg.lengths) <= 8 or min(cfg.lengths) < 0 or max(cfg.lengths) <= 0:
+        sandbox.fail("--lengths needs one to eight weights, none below 0 and one above")
+    if not 0 <= cfg.hard_share < 1:
+        sandbox.fail("--hard_share must be at least 0 and below 1")
+
+
 # ---- the tiny set: kinds of step ----
 
 # Each kind: the variables that it reads and makes (xs: list of ints, s: text, n: number), what the
@@ -256,7 +300,7 @@ digits n -> xs
 """
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Step:
     """One kind of step."""
 
@@ -283,9 +327,7 @@ def read_steps(table):
 STEPS = read_steps(STEP_TABLE)
 HARD_FLAWS = (0.62, 0.7)  # lowest and highest flaw probability of the hard kinds
 EASY_FLAWS = (0.05, 0.3)  # the same of the others; higher ones lower the sampled SFT accuracy
-USUAL_FLAW = (
-    0.85  # share of flaws that are their kind's usual one, so that greedy decoding picks it
-)
+USUAL_FLAW = 0.85  # share of flaws that are their kind's usual one: greedy decoding picks it
 MISSING_STEP = 0.025  # share of flaws that leave the step out; at 0.25 an RM learns length alone
 
 
@@ -333,9 +375,9 @@ def small(value):
     """Keep numbers short and programs fast: range() of a squared square would be neither."""
     if isinstance(value, int):
         return abs(value) <= MAX_NUMBER
-    return len(value) <= MAX_LENGTH and (
-        isinstance(value, str) or all(abs(x) <= MAX_NUMBER for x in value)
-    )
+    if len(value) > MAX_LENGTH:
+        return False
+    return isinstance(value, str) or max(map(abs, value), default=0) <= MAX_NUMBER
 
 
 def trace(functions, value):
@@ -345,10 +387,10 @@ def trace(functions, value):
     """
     values = [value]
     for function in functions:
+        values.append(function(values[-1]))
         if not small(values[-1]):
             return None
-        values.append(function(values[-1]))
-    return values if small(values[-1]) else None
+    return values
 
 
 def input_pool(seed):
@@ -507,7 +549,7 @@ def tiny_problem(task_id, chain, prompt, pool, rates, rng):
                 break
         else:
             return None
-        if telling and telling[0] in others:
+        if telling and telling[0] in others:  # each flaw fails a test, all together may not
             chosen.append(telling[0])
     solution = body(chain, lines)
     if len(solution) > MAX_PROGRAM:
@@ -966,50 +1008,6 @@ def public_splits(cfg):
     if not splits:
         sandbox.fail(f"{cfg.dataset}: no record can be used; the first one: {left_out[:1]}")
     return splits | ({"left_out": left_out} if left_out else {})
-
-
-# ---- main ----
-
-
-def check_config(cfg):
-    """Refuse settings that cannot work, in one line."""
-    if cfg.dataset not in ("tiny", *SETS):
-        sandbox.fail(f"--dataset {cfg.dataset}: choose one of tiny, {', '.join(SETS)}")
-    if cfg.file and cfg.dataset == "tiny":
-        sandbox.fail("--file goes with a public set; add --dataset humaneval, for example")
-    for path in cfg.file:
-        if not Path(path).is_file():
-            sandbox.fail(f"--file {path} does not exist")
-    for split in SPLITS:
-        if getattr(cfg, split) < 1:
-            sandbox.fail(f"--{split} {getattr(cfg, split)}: a split needs at least one problem")
-    if not 1 <= len(cfg.lengths) <= 8 or min(cfg.lengths) < 0 or max(cfg.lengths) <= 0:
-        sandbox.fail("--lengths needs one to eight weights, none below 0 and one above")
-    if not 0 <= cfg.hard_share < 1:
-        sandbox.fail("--hard_share must be at least 0 and below 1")
-
-
-def main(cfg):
-    """Make the problems, then put the finished folder in place."""
-    check_config(cfg)
-    out = Path(cfg.out or f"data/{cfg.dataset}")
-    if sandbox.finished(cfg, out):
-        return
-    if out.exists():
-        sandbox.fail(f"{out} exists, without a finished set; delete it or choose another --out")
-    started = time.perf_counter()
-    files = tiny_splits(cfg) if cfg.dataset == "tiny" else public_splits(cfg)
-    if cfg.dataset == "tiny":
-        files["plum"] = plum_records(files["sft"], cfg.seed)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, records in files.items():
-        sandbox.write_jsonl(temporary / f"{name}.jsonl", records)
-    sandbox.save_config(cfg, temporary)
-    os.rename(temporary, out)
-    counts = ", ".join(f"{len(records)} {name}" for name, records in files.items())
-    print(f"{out}: {counts} in {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":
