@@ -51,9 +51,7 @@ import sandbox
 
 @dataclass
 class Config:
-    policies: list[str] = field(
-        default_factory=lambda: ["out/sft"]
-    )  # folders, hub names, canonical
+    policies: list[str] = field(default_factory=lambda: ["out/sft"])  # folders or hub names
     problems: list[str] = field(default_factory=lambda: ["data/tiny/test.jsonl"])  # JSONL files
     reward_model: str = ""  # RM that scores the responses, too; empty: none
     out: str = "out/eval"  # output folder
@@ -67,9 +65,7 @@ class Config:
     score_batch_size: int = 64  # responses per forward pass of the RM
     timeout: float = 1.0  # CPU seconds per program; HumanEval and MBPP: 3, LeetCode: 10
     workers: int = 0  # sandbox processes, 0: one per core
-    bf16: Literal["auto", "on", "off"] = (
-        "auto"  # bf16 autocast over float32 weights; auto: on a GPU
-    )
+    bf16: Literal["auto", "on", "off"] = "auto"  # autocast, weights stay float32; auto: on a GPU
     threads: int = 0  # PyTorch CPU threads, 0: PyTorch's choice
     seed: int = 0  # sampling and bootstrap
 
@@ -87,22 +83,18 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def bootstrap_interval(values, rng, resamples=10_000):
-    """95% percentile interval of the mean of per-problem values, (P,), drawn with replacement.
+def bootstrap_mean(values, seed, resamples=10_000):
+    """Mean of per-problem values, (P,), with its 95% percentile interval over problems.
 
-    It has no width where all values are equal: 20 of 20 gives [1, 1].
+    One seed draws the same problems each time. The interval has no width where all values are
+    equal: 20 of 20 gives [1, 1].
     """
     values = np.asarray(values, dtype=float)
-    # To draw how often each problem comes is to draw problems.
-    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
+    shares = np.full(len(values), 1 / len(values))
+    # To draw how often each problem comes is to draw problems with replacement.
+    counts = np.random.default_rng(seed).multinomial(len(values), shares, size=resamples)
     low, high = np.quantile(counts @ values / len(values), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def estimate(values, seed):
-    """Mean of per-problem values with its interval; one seed draws the same problems each time."""
-    low, high = bootstrap_interval(values, np.random.default_rng(seed))
-    return {"mean": float(np.mean(values)), "low": low, "high": high}
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 def cut_at_stop(text, stop):
@@ -182,14 +174,17 @@ def main(cfg):
             for k in cfg.ks if size > 1 else []:
                 counts = passed[:, 1:].sum(1).tolist()
                 columns[f"pass@{k}"] = np.array([pass_at_k(size - 1, c, k) for c in counts])
-            if rm_scores[0] is not None:
-                columns["rm_score"] = np.array(rm_scores).reshape(len(problems), size).mean(1)
+            if (
+                rm_scores[0] is not None
+            ):  # of the sampled responses, with --samples 0 the greedy one
+                by_problem = np.array(rm_scores).reshape(len(problems), size)
+                columns["rm_score"] = by_problem[:, -cfg.samples :].mean(1)
             row = {"policy": path, "benchmark": benchmark, "problems": len(problems)}
-            row |= {name: estimate(values, cfg.seed) for name, values in columns.items()}
+            row |= {name: bootstrap_mean(values, cfg.seed) for name, values in columns.items()}
             # Hard problems are hard for both, so a difference is known better than its two terms.
             base = first.setdefault(benchmark, columns)
             row["gain"] = {
-                name: estimate(values - base[name], cfg.seed)
+                name: bootstrap_mean(values - base[name], cfg.seed)
                 for name, values in columns.items()
                 if base is not columns and name in base
             }
@@ -224,8 +219,8 @@ def read_inputs(cfg, out):
     for k in cfg.ks if cfg.samples else []:
         if not 1 <= k <= cfg.samples:
             sandbox.fail(f"pass@{k} needs 1 to --samples {cfg.samples} samples; change --ks")
-    if cfg.score_batch_size < 1:
-        sandbox.fail(f"--score_batch_size {cfg.score_batch_size}: it must be at least 1")
+    if min(cfg.generate_batch_size, cfg.score_batch_size) < 1:
+        sandbox.fail("--generate_batch_size and --score_batch_size must be at least 1")
     if cfg.stop and cfg.reward_model:
         sandbox.fail("--reward_model scores whole responses; leave out --stop, which cuts them")
     benchmarks = {path: sandbox.read_problems(path) for path in cfg.problems}
