@@ -20,7 +20,7 @@ reward_mean and reward_std in its config), accuracy.json, samples.jsonl and vali
 {"task_id": "tiny/rm/0", "prompt": "...", "response": "...", "rm_score": 0.31, "actual_score": 0.0,
 "passed_tests": 2, "total_tests": 6, "status": "failed", ...}, and pairs.jsonl {"task_id": ...,
 "prompt": ..., "chosen": ..., "rejected": ..., "edit_distance": 3}. While the stage runs, the folder
-holds state.pt for --resume instead.
+holds the tested samples and state.pt for --resume instead.
 
 Run: python 02_reward_model.py
 
@@ -55,6 +55,8 @@ from transformers import (
 
 import sandbox
 
+SAMPLE_FILES = ("samples.jsonl", "validation_samples.jsonl")
+
 
 @dataclass
 class Config:
@@ -64,9 +66,7 @@ class Config:
     out: str = "out/rm"  # folder for the reward model, its samples and pairs
     pairs: Literal["all", "edit"] = "all"  # up to four random pairs per prompt; or the paper's one
     max_pairs: int = 0  # train on that many random pairs: a worse RM, to study filters; 0: all
-    label_noise: float = (
-        0.0  # share of pairs with chosen and rejected swapped, for the same purpose
-    )
+    label_noise: float = 0.0  # share of the pairs that are swapped, for the same purpose
     responses_per_prompt: int = 5  # responses to each problem of --data; paper: 5
     r2_responses: int = 10  # responses to each validation problem; paper: 10 (for R2)
     temperature: float = 1.0  # divides the logits of the sampler; not given in the paper
@@ -173,15 +173,15 @@ def main(cfg):
     )
     if cfg.gradient_checkpointing:
         reward_model.activation_checkpointing_enable()
-    limits = cfg.max_new_tokens, reward_model.config
-    prompts = encode_prompts(tokenizer, problems, *limits)
-    validation_prompts = encode_prompts(tokenizer, validation, *limits)
     if cfg.lora_rank:
         reward_model = add_adapters(reward_model, cfg.lora_rank, "SEQ_CLS")
 
     # ---- sample responses of the SFT policy, run the tests
     if state is None:
         policy = load_model(AutoModelForCausalLM, cfg.policy, tokenizer).to(device)
+        limits = cfg.max_new_tokens, policy.config
+        prompts = encode_prompts(tokenizer, problems, *limits)
+        validation_prompts = encode_prompts(tokenizer, validation, *limits)
         samples = sample_and_test(
             policy, tokenizer, problems, prompts, cfg.responses_per_prompt, cfg, amp
         )
@@ -190,7 +190,9 @@ def main(cfg):
         )
         del policy
     else:
-        samples, validation_samples = state["samples"], state["validation_samples"]
+        samples, validation_samples = (
+            sandbox.read_jsonl(out / name, {"ids": list}) for name in SAMPLE_FILES
+        )
 
     # ---- pairs
     pairs = choose_pairs(samples, cfg, rng)
@@ -203,8 +205,8 @@ def main(cfg):
             "pair is a passing and a failing response: give other problems or another policy"
         )
 
-    # ---- optimiser, start or resume. Pairs and batches follow from the seed and dropout is 0, so
-    # that samples, weights, optimiser and schedule are the whole state.
+    # ---- optimiser, start or resume. Pairs and batches follow from samples and seed, so that
+    # samples, weights, optimiser and schedule are the whole state.
     reward_model.to(device).train()
     trained = [p for p in reward_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -217,9 +219,11 @@ def main(cfg):
     steps = len(batches)
     scheduler = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * steps), steps)
     done, losses, hits = 0, [], []
-    tested = {"samples": samples, "validation_samples": validation_samples}
     if state is None:
-        save_progress(out, cfg, reward_model, optimizer, scheduler, step=0, **tested)
+        out.mkdir(parents=True)
+        for name, part in zip(SAMPLE_FILES, (samples, validation_samples)):
+            sandbox.write_jsonl(out / name, part)
+        save_progress(out, cfg, reward_model, optimizer, scheduler, step=0)
     else:
         done = state["step"]
         restore_progress(state, reward_model, optimizer, scheduler)
@@ -247,7 +251,7 @@ def main(cfg):
             losses.append(step_loss)
             bar.update()
             if step % cfg.log_every == 0 or step == steps:
-                save_progress(out, cfg, reward_model, optimizer, scheduler, step=step, **tested)
+                save_progress(out, cfg, reward_model, optimizer, scheduler, step=step)
                 bar.clear()
                 print(
                     f"step {step}/{steps}  loss {sum(losses) / len(losses):.3f}  "
@@ -274,8 +278,8 @@ def main(cfg):
 
     # ---- save
     save_model(reward_model, tokenizer, out)  # in place of state.pt
-    sandbox.write_jsonl(out / "samples.jsonl", samples)
-    sandbox.write_jsonl(out / "validation_samples.jsonl", validation_samples)
+    for name, part in zip(SAMPLE_FILES, (samples, validation_samples)):
+        sandbox.write_jsonl(out / name, part)
     sandbox.write_jsonl(out / "pairs.jsonl", map(pair_record, pairs))
     (out / "accuracy.json").write_text(json.dumps(accuracy, indent=2) + "\n", encoding="utf-8")
     sandbox.save_config(cfg, out)
@@ -456,8 +460,8 @@ def save_model(model, tokenizer, directory):
 def sample_and_test(policy, tokenizer, problems, prompts, repeats, cfg, amp):
     """`repeats` tested responses to each problem -> samples, in order of problem.
 
-    A sample is what is saved, and beside it the token ids of prompt and response: from its text
-    the tokenizer might make other tokens than the policy has sampled.
+    Until the end a sample has `ids`, the tokens of prompt and response: from the text, the
+    tokenizer might make other tokens than the policy has sampled.
     """
     with amp:
         responses, _ = generate(
