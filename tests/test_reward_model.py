@@ -319,9 +319,9 @@ def refused(capsys, rm, *words, **settings):
     before = sorted(Path(".").rglob("*"))
     with pytest.raises(SystemExit) as stop:
         rm.main(config(rm, **settings))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    assert all(word in lines[0] for word in words), lines
+    error = capsys.readouterr().err  # on a slow machine behind a progress bar
+    assert stop.value.code == 2 and "Traceback" not in error
+    assert all(word in error.strip().splitlines()[-1] for word in words), error
     assert sorted(Path(".").rglob("*")) == before
 
 
