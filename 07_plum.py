@@ -101,9 +101,7 @@ class Config:
     timeout: float = 1.0  # CPU seconds per program
     workers: int = 1  # sandbox processes, 0: one per core
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
-    bf16: Literal["auto", "on", "off"] = (
-        "auto"  # bf16 autocast over float32 weights; auto: on a GPU
-    )
+    bf16: Literal["auto", "on", "off"] = "auto"  # autocast, weights stay float32; auto: on a GPU
     lora_rank: int = 0  # train LoRA adapters of this rank (needs peft); 0: train all weights
     threads: int = 0  # PyTorch CPU threads, 0: PyTorch's choice
     seed: int = 0  # order of the prompts, sampling, pairs, minibatches; the lesson has its own
@@ -230,7 +228,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     """DPO (Rafailov et al. 2023, equation 7): -log sigmoid(beta h), mean over pairs; all (B,).
 
     h is how much further the policy has raised the chosen response over the reference than the
-    rejected one.
+    rejected one. The loss is log 2 at the reference.
     """
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
     return -F.logsigmoid(beta * h).mean()
@@ -240,10 +238,9 @@ def kto_loss(logprobs, ref_logprobs, desirable, kl, beta):
     """KTO (Ethayarajh et al. 2024) with both weights 1, mean over responses.
 
     1 - sigmoid(beta (r - kl)) for desirable responses and 1 - sigmoid(beta (kl - r)) for
-    undesirable ones, with r = logprobs - ref_logprobs: a gain or a loss against the point where
-    the policy stands on the whole.
+    undesirable ones, r = logprobs - ref_logprobs: a gain or loss against where the policy stands.
 
-    Args: logprobs, ref_logprobs, desirable (bool or 0 and 1): (B,); kl: scalar from
+    Args: logprobs, ref_logprobs, desirable (bool or 0 and 1): (B,); kl: scalar, from
         `mismatched_kl`, taken as a constant.
     """
     kl = torch.as_tensor(kl, dtype=logprobs.dtype, device=logprobs.device).detach()
@@ -252,10 +249,10 @@ def kto_loss(logprobs, ref_logprobs, desirable, kl, beta):
 
 
 def mismatched_kl(logprobs, ref_logprobs):
-    """KTO's reference point: max(0, mean log-ratio) of responses to prompts of others, (B,).
+    """KTO's reference point: max(0, mean log-ratio) of responses to other prompts; all (B,).
 
-    The matched responses would not do: training raises and lowers them, and the point of
-    reference would move with them.
+    The matched responses would not do: training raises and lowers them, and the point would move
+    with them.
     """
     return (logprobs - ref_logprobs).detach().mean().clamp(min=0)
 
@@ -265,7 +262,7 @@ def mismatched_kl(logprobs, ref_logprobs):
 
 def main(cfg):
     started = time.time()
-    check_settings(cfg)
+    check_flags(cfg)
     n, per_prompt = cfg.prompts_per_iteration, cfg.responses_per_prompt
     run = f"{cfg.loss}_{'online' if cfg.online else 'offline'}"
     out = Path(cfg.out or f"out/plum/{run}")
@@ -306,7 +303,8 @@ def main(cfg):
         tasks = list(dict.fromkeys(tasks))  # one may end a pass over the data and start the next
         prompts = [prompt_ids[i] for i in tasks]
         requests = [request_ids[i] for i in tasks]
-        row_problems = [problems[i] for i in tasks for _ in range(per_prompt)]
+        task_problems = [problems[i] for i in tasks]
+        row_problems = [problem for problem in task_problems for _ in range(per_prompt)]
         with amp, without_adapters(None if cfg.online else reference):
             sampler = policy if cfg.online else reference
             responses, _ = generate(
@@ -316,18 +314,25 @@ def main(cfg):
             written, _ = generate(
                 reference, tokenizer, requests, cfg.test_responses, cfg.temperature, cfg, "asking"
             )
+        own = responses[::per_prompt]  # of the policy, one per prompt, for the log
+        if not cfg.online:
+            with amp:
+                own, _ = generate(policy, tokenizer, prompts, 1, cfg.temperature, cfg)
         texts = [decode_response(tokenizer, ids) for ids in responses]  # n * K
+        own_texts = [decode_response(tokenizer, ids) for ids in own]
         written = [decode_response(tokenizer, ids) for ids in written]  # n * test_responses
         clock.append(time.time())
 
         # ---- vote: which tests a majority agrees with
-        tests = vote([problems[i] for i in tasks], texts, written, cfg)
+        tests = vote(task_problems, texts, written, cfg)
         clock.append(time.time())
 
         # ---- label and pair. The true tests run while the policy trains, for the log alone.
         labels = label(row_problems, texts, tests, cfg)
         limits = {"timeout": cfg.timeout, "workers": cfg.workers}
-        verdicts = background.submit(sandbox.run_tests, row_problems, texts, **limits)
+        verdicts = background.submit(
+            sandbox.run_tests, row_problems + task_problems, texts + own_texts, **limits
+        )
         rows = []  # pair after pair, the passing response first
         for first in range(0, len(texts), per_prompt):
             group = labels[first : first + per_prompt]
@@ -335,27 +340,37 @@ def main(cfg):
                 rows += [first + k for k in pair]
         clock.append(time.time())
 
+        # ---- the policy before its update, on responses of its own
+        own_batch = make_batch(prompts, own)
+        own_mask = own_batch["response_mask"]
+        logprobs, ref_logprobs = policy_and_reference(policy, reference, own_batch, cfg, amp)
+        kl = logprobs - ref_logprobs  # (n, T), 0 on padding
+        clock.append(time.time())
+
         # ---- train on the pairs
-        line = {"iteration": iteration}
+        statistics = {}
         if rows:
             row_prompts = [prompts[k // per_prompt] for k in rows]
             row_responses = [responses[k] for k in rows]
             batch = make_batch(row_prompts, row_responses)
             with without_adapters(reference):
                 batch["ref_logprobs"] = forward_rows(logprobs_of, reference, batch, cfg, amp)
-            kl = 0.0
-            if cfg.loss == "kto":
-                kl = reference_point(policy, reference, row_prompts, row_responses, cfg, amp)
             for _ in range(cfg.epochs):
-                statistics = train_pairs(policy, optimizer, batch, kl, cfg, generator, amp)
-                line |= {f"policy_{name}": value for name, value in statistics.items()}
+                kl_point = 0.0
+                if cfg.loss == "kto":
+                    kl_point = reference_point(
+                        policy, reference, row_prompts, row_responses, cfg, amp
+                    )
+                statistics = train_pairs(policy, optimizer, batch, kl_point, cfg, generator, amp)
         clock.append(time.time())
 
         # ---- log
         results = verdicts.result()
         passed = [result.passed for result in results]
+        passed, own_passed = passed[: len(texts)], passed[len(texts) :]
         known = [test for test in tests if test["right"] is not None]
-        line |= {
+        line = {
+            "iteration": iteration,
             "seen": len(texts),
             "test_responses": len(written),
             "tests_written": len(tests),
@@ -366,9 +381,14 @@ def main(cfg):
             **label_quality(labels, passed),
             "pairs": len(rows) // 2,
             "kept": len(rows),
-            "pass_rate": share_of(passed),
-            "length": sum(map(len, responses)) / len(responses),
+            "pass_rate": share_of(own_passed),
+            "sampler_pass_rate": share_of(passed),
+            "kl_per_response": kl.sum(1).mean().item(),
+            "kl_per_token": masked_mean(kl, own_mask).item(),
+            "entropy": -masked_mean(logprobs, own_mask).item(),
+            "length": own_mask.sum(1).float().mean().item(),
         }
+        line |= {f"policy_{name}": value for name, value in statistics.items()}
         rollouts = [
             {
                 "task_id": problem["task_id"],
@@ -390,7 +410,6 @@ def main(cfg):
 
         # ---- validate and save
         if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:
-            line |= distance(policy, reference, tokenizer, prompts, cfg, amp)
             line["validation_pass_at_1"] = validate(
                 policy, tokenizer, validation, validation_ids, cfg, amp
             )
@@ -398,7 +417,7 @@ def main(cfg):
                 best = line["validation_pass_at_1"]
                 save_model(policy, tokenizer, out / "best")
         clock.append(time.time())
-        phases = ("generate", "vote", "label", "train", "tests", "validate")
+        phases = ("generate", "vote", "label", "forward", "train", "tests", "validate")
         line |= {f"seconds_{name}": b - a for name, a, b in zip(phases, clock, clock[1:])}
         metrics.append(line)
         sandbox.write_jsonl(out / "metrics.jsonl", metrics)
@@ -413,7 +432,7 @@ def main(cfg):
 # --------------------------------------------------------------------- settings, the lesson, models
 
 
-def check_settings(cfg):
+def check_flags(cfg):
     """Settings with which nothing would be learned are refused."""
     least = {"responses_per_prompt": 2, "test_responses": 1, "eval_every": 1, "epochs": 1}
     least |= {name: 1 for name in dataclasses.asdict(cfg) if name.endswith("_size")}
@@ -988,7 +1007,7 @@ def policy_and_reference(policy, reference, batch, cfg, amp):
 
 
 def reference_point(policy, reference, prompts, responses, cfg, amp):
-    """KTO's KL, once per round: each response to the prompt of another one, in both models.
+    """KTO's KL, once per pass: each response to the prompt of another pair, in both models.
 
     Rows stand in order of prompt, and a prompt has at most 2 * pairs_per_prompt of them, so those
     that many rows away belong to another prompt. With fewer rows there may be no other: 0.
@@ -1001,25 +1020,10 @@ def reference_point(policy, reference, prompts, responses, cfg, amp):
     return mismatched_kl(logprobs.sum(1), ref_logprobs.sum(1)).item()
 
 
-def distance(policy, reference, tokenizer, prompts, cfg, amp):
-    """KL to the reference and entropy, on one fresh response of the policy to each prompt."""
-    with amp:
-        responses, _ = generate(policy, tokenizer, prompts, 1, cfg.temperature, cfg, "sampling")
-    batch = make_batch(prompts, responses)
-    mask = batch["response_mask"]
-    logprobs, ref_logprobs = policy_and_reference(policy, reference, batch, cfg, amp)
-    kl = logprobs - ref_logprobs
-    return {
-        "kl_per_response": kl.sum(1).mean().item(),
-        "kl_per_token": masked_mean(kl, mask).item(),
-        "entropy": -masked_mean(logprobs, mask).item(),
-    }
-
-
 # ------------------------------------------------------------------------------------------ train
 
 
-def pair_loss(policy, mb, kl, cfg):
+def pair_loss(policy, mb, kl_point, cfg):
     """The loss of pairs that stand one after the other, the passing response first."""
     mask = mb["response_mask"]
     logprobs = (logprobs_of(policy, mb, cfg) * mask).sum(1)  # (B,)
@@ -1028,7 +1032,7 @@ def pair_loss(policy, mb, kl, cfg):
     ref_chosen, ref_rejected = ref_logprobs.view(-1, 2).unbind(1)
     if cfg.loss == "kto":
         desirable = torch.arange(len(mask), device=mask.device) % 2 == 0
-        loss = kto_loss(logprobs, ref_logprobs, desirable, kl, cfg.beta)
+        loss = kto_loss(logprobs, ref_logprobs, desirable, kl_point, cfg.beta)
     else:
         loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
     raised, lowered = (chosen - ref_chosen).detach(), (rejected - ref_rejected).detach()
@@ -1036,11 +1040,11 @@ def pair_loss(policy, mb, kl, cfg):
         "chosen_logratio": raised.mean().item(),
         "rejected_logratio": lowered.mean().item(),
         "accuracy": (raised > lowered).float().mean().item(),
-        "kl": float(kl),
+        "kl_point": kl_point,
     }
 
 
-def train_pairs(policy, optimizer, batch, kl, cfg, generator, amp):
+def train_pairs(policy, optimizer, batch, kl_point, cfg, generator, amp):
     """One pass over the pairs in random minibatches, an optimiser step each -> mean statistics.
 
     Each micro-batch counts by its share of the minibatch's pairs, so that the micro-batch size
@@ -1055,7 +1059,7 @@ def train_pairs(policy, optimizer, batch, kl, cfg, generator, amp):
             rows = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
             mb = take_rows(batch, rows, policy.device)
             with amp:
-                loss, statistics = pair_loss(policy, mb, kl, cfg)
+                loss, statistics = pair_loss(policy, mb, kl_point, cfg)
             (loss * (len(pairs) / len(minibatch))).backward()
             for name, value in {**statistics, "loss": loss.item()}.items():
                 totals[name] = totals.get(name, 0.0) + value * len(pairs)
@@ -1083,14 +1087,12 @@ def print_round(line, started):
     shown = {name: "-" if line[name] is None else f"{line[name]:.2f}" for name in names}
     validation = ""
     if "validation_pass_at_1" in line:
-        validation = (
-            f"KL {line['kl_per_response']:.2f}  validation {line['validation_pass_at_1']:.3f}  "
-        )
+        validation = f"validation {line['validation_pass_at_1']:.3f}  "
     print(
         f"round {line['iteration']:3d}  tests {line['tests_kept']}/{line['tests_written']}  "
         f"precision {shown['precision_written']} -> {shown['precision_kept']}  "
         f"recall {shown['recall']}  pairs {line['pairs']}  pass rate {shown['pass_rate']}  "
-        f"{validation}{time.time() - started:.0f} s",
+        f"KL {line['kl_per_response']:.2f}  {validation}{time.time() - started:.0f} s",
         flush=True,
     )
 
@@ -1120,7 +1122,7 @@ def plot_rounds(metrics, path, title):
             "label_accuracy": "labels that are right",
         },
         "programs that pass the true tests": {
-            "pass_rate": "sampled responses",
+            "pass_rate": "sampled responses of the policy",
             "validation_pass_at_1": "validation problems, greedy",
         },
     }
