@@ -194,10 +194,16 @@ def bond_loss(logprobs, anchor_logprobs, rewards):
     return forward + backward, statistics
 
 
-def best_and_worst(scores):
-    """Best and worst response of each prompt: (P, N) -> two (P,); ties in order of appearance."""
+def choose(scores, method):
+    """Which responses to a prompt a method trains on: (P, N) -> (P, R) columns, the best first.
+
+    DPO, IPO and KTO see the same two responses, the best and the worst, so that they differ in
+    nothing but their loss. KTO could take any labelled response. Ties rank in order of appearance.
+    """
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    return order[:, 0], order[:, -1]
+    if method == "bond":
+        return order
+    return order[:, :1] if method == "raft" else order[:, [0, -1]]
 
 
 def sampler_iteration(method, iteration, iterations, rounds, anchor_every):
@@ -229,7 +235,8 @@ def main(cfg):
     check_settings(cfg, out)
     device, amp = set_up(cfg)
     n, per_prompt = cfg.prompts_per_iteration, cfg.responses_per_prompt
-    offline = cfg.method in ("dpo", "ipo", "kto")
+    count = n * per_prompt  # samples per iteration
+    offline, pairs = cfg.method in ("dpo", "ipo", "kto"), cfg.method not in ("raft", "bond")
 
     # ---- problems, models, optimiser
     problems, validation = sandbox.read_problems(cfg.data), sandbox.read_problems(cfg.validation)
@@ -251,7 +258,7 @@ def main(cfg):
     background = ThreadPoolExecutor(1)
 
     for iteration in range(1, cfg.iterations + 1):
-        clock = [time.time()]
+        begun = time.time()
         torch.manual_seed(cfg.seed * 1_000_003 + iteration)  # the first samples are those of 04
         generator = torch.Generator().manual_seed(-(cfg.seed * 1_000_003 + iteration))
 
@@ -265,7 +272,7 @@ def main(cfg):
         tasks = prompts_of_iteration(len(problems), n, iteration, cfg.seed)  # (n,) indices
         prompts = [prompt_ids[i] for i in tasks]
         with amp, without_adapters(sampler) if offline else contextlib.nullcontext():
-            responses, sampler_logprobs = generate(
+            responses, _ = generate(
                 sampler, tokenizer, prompts, per_prompt, cfg.temperature, cfg, "sampling"
             )
         own = responses[::per_prompt]
@@ -278,7 +285,6 @@ def main(cfg):
         verdicts = background.submit(
             sandbox.run_tests, [problems[i] for i in rows], texts, **limits
         )
-        clock.append(time.time())
 
         # ---- score: one number per response, in standard deviations of the SFT policy's
         truncated = torch.tensor([ids[-1] != tokenizer.eos_token_id for ids in responses + own])
@@ -288,55 +294,48 @@ def main(cfg):
         scores = normalised(rm_scores, reward_model) - cfg.truncation_penalty * truncated
 
         # ---- choose: within each prompt the best, the best and the worst, or all
-        prompt_scores = scores[: n * per_prompt].view(n, per_prompt)
+        prompt_scores = scores[:count].view(n, per_prompt)
         columns = choose(prompt_scores, cfg.method)  # (n, R)
         groups = torch.arange(n)[:, None] * per_prompt + columns  # (G, R) row numbers
-        if columns.shape[1] == 2:  # a prompt whose responses are all the same has no pair
+        if pairs:  # a prompt whose responses are all the same has no pair
             differ = [responses[a] != responses[b] for a, b in groups.tolist()]
             groups = groups[torch.tensor(differ)]
         kept = groups.flatten().tolist()  # B row numbers, group after group
-        clock.append(time.time())
 
         # ---- the policy before its update, on responses of its own
         own_batch = make_batch(prompts, own)
         own_mask = own_batch["response_mask"]
         logprobs, ref_logprobs = policy_and_reference(policy, reference, own_batch, cfg, amp)
-        own_batch["old_logprobs"] = logprobs
         kl = (logprobs - ref_logprobs) * own_mask
-        if iteration == 1:
-            check_first_step(policy, own_batch, kl, sampler_logprobs[::per_prompt], cfg, amp)
-        clock.append(time.time())
 
         # ---- train
         statistics = {}
         if kept:
             kept_prompts = [prompt_ids[rows[k]] for k in kept]
-            batch = make_batch(kept_prompts, [responses[k] for k in kept])
+            kept_responses = [responses[k] for k in kept]
+            batch = make_batch(kept_prompts, kept_responses)
             if cfg.method == "bond":
                 batch["frozen_logprobs"] = forward_rows(logprobs_of, sampler, batch, cfg, amp)
                 batch["bond_rewards"] = bond_rewards(prompt_scores).flatten()[kept, None]
-            elif cfg.method != "raft":
+            elif pairs:
                 with without_adapters(reference):
                     batch["frozen_logprobs"] = forward_rows(logprobs_of, reference, batch, cfg, amp)
             for _ in range(cfg.epochs):
                 kl_point = 0.0
-                if cfg.method == "kto":  # each response to the prompt of the pair before
-                    other = make_batch(
-                        kept_prompts[-2:] + kept_prompts[:-2], [responses[k] for k in kept]
-                    )
-                    pair = policy_and_reference(policy, reference, other, cfg, amp)
-                    kl_point = mismatched_kl(*(logprobs.sum(1) for logprobs in pair))
+                if cfg.method == "kto":  # each response behind the prompt of the pair before
+                    others = make_batch(kept_prompts[-2:] + kept_prompts[:-2], kept_responses)
+                    both = policy_and_reference(policy, reference, others, cfg, amp)
+                    kl_point = mismatched_kl(*(x.sum(1) for x in both))
                 statistics = train_groups(
                     policy, optimizer, batch, groups.shape[1], kl_point, cfg, generator, amp
                 )
-        clock.append(time.time())
 
-        # ---- log
+        # ---- log: the policy by its own responses, which stand behind the samples
         results = verdicts.result()
         passed = torch.tensor([float(result.passed) for result in results])
-        count = n * per_prompt  # the policy's own responses come behind
         line = {
             "iteration": iteration,
+            "rm_score": rm_scores[count:].mean().item(),
             "score": scores[count:].mean().item(),
             "pass_rate": passed[count:].mean().item(),
             "kl_per_response": kl.sum(1).mean().item(),
@@ -368,7 +367,6 @@ def main(cfg):
             for k in range(count)
         ]
         sandbox.write_jsonl(out / "rollouts" / f"{iteration:04d}.jsonl", rollouts)
-        clock.append(time.time())
 
         # ---- validate and save
         if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:
@@ -378,9 +376,7 @@ def main(cfg):
             if line["validation_pass_at_1"] > best:
                 best = line["validation_pass_at_1"]
                 save_model(policy, tokenizer, out / "best")
-        clock.append(time.time())
-        phases = ("generate", "score", "forward", "train", "tests", "validate")
-        line |= {f"seconds_{name}": b - a for name, a, b in zip(phases, clock, clock[1:])}
+        line["seconds_iteration"] = time.time() - begun
         metrics.append(line)
         sandbox.write_jsonl(out / "metrics.jsonl", metrics)
         print_line(line, started)
@@ -478,20 +474,21 @@ def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
     A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
-    others.
+    others. EOS and pad stand in the config, where other programs look for them.
     """
     check_folder(path)
     config = AutoConfig.from_pretrained(path, **options)
     for name, value in config.to_dict().items():  # every architecture has names of its own
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-    config.pad_token_id = tokenizer.pad_token_id
     model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
     rows = model.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
 
 
@@ -854,47 +851,7 @@ def policy_and_reference(policy, reference, batch, cfg, amp):
         return logprobs, forward_rows(logprobs_of, reference, batch, cfg, amp)
 
 
-def check_first_step(policy, batch, kl, sampler_logprobs, cfg, amp):
-    """Before the first update the ratio is 1 and the KL 0, and the sampler saw the same policy.
-
-    A wrong mask, position or temperature shows here, before it costs a run. Ratio and KL alone
-    would be blind to what policy, old policy and reference have in common.
-    """
-    mask = batch["response_mask"]
-    rows = torch.arange(min(len(mask), cfg.micro_batch_size))
-    mb = take_rows(batch, rows, policy.device)
-    with torch.no_grad(), amp:
-        logprobs = logprobs_of(policy, mb, cfg)
-    sampled = torch.zeros(kl.shape)
-    for row, values in enumerate(sampler_logprobs):
-        sampled[row, : len(values)] = torch.tensor(values)
-    gaps = {
-        "the ratio is off 1": masked_mean(
-            (logprobs - mb["old_logprobs"]).abs(), mb["response_mask"]
-        ),
-        "the KL is off 0": masked_mean(kl.abs(), mask),
-        "the sampler's logprobs differ": masked_mean((sampled - batch["old_logprobs"]).abs(), mask),
-    }
-    for what, gap in gaps.items():
-        if not gap <= (0.05 if amp._enabled else 0.001):  # bf16 has three digits
-            sandbox.fail(f"before the first update {what} by {gap:.4f}: not one and the same model")
-
-
 # ------------------------------------------------------------------------------------------- train
-
-
-def choose(scores, method):
-    """Which responses to a prompt a method trains on: (n, N) -> (n, R) columns, the best first.
-
-    DPO, IPO and KTO see the same responses, so that they differ in nothing but their loss. KTO
-    could take any labelled response.
-    """
-    best, worst = best_and_worst(scores)
-    if method == "raft":
-        return best[:, None]
-    if method == "bond":
-        return torch.arange(scores.shape[1]).expand(len(scores), -1)
-    return torch.stack([best, worst], 1)
 
 
 def method_loss(policy, mb, kl_point, cfg):
