@@ -8,8 +8,9 @@ of them: a model that never saw it as a target would never stop.
 Reads data/tiny/sft.jsonl:
 {"task_id": "tiny/sft/0", "prompt": "...", "solution": "    return sum(xs)\\n"}
 
-Writes out/sft/: an ordinary Hugging Face folder (model and tokenizer) with metrics.jsonl,
+Writes out/sft/: an ordinary Hugging Face folder (model and tokenizer) with metrics.jsonl:
 {"step": 50, "train_loss": 1.91, "validation_loss": 1.62, "lr": 0.002}
+
 While the stage runs, the folder holds state.pt for --resume instead.
 
 Run: python 01_sft.py

@@ -16,11 +16,16 @@ standard deviation are the unit of the reward in later stages.
 Reads data/tiny/rm.jsonl, data/tiny/validation.jsonl, out/sft.
 
 Writes out/rm/: an ordinary Hugging Face folder (AutoModelForSequenceClassification, one label;
-reward_mean and reward_std in its config), accuracy.json, samples.jsonl and validation_samples.jsonl
+reward_mean and reward_std in its config), accuracy.json, and records of what was sampled:
+
+samples.jsonl, validation_samples.jsonl:
 {"task_id": "tiny/rm/0", "prompt": "...", "response": "...", "rm_score": 0.31, "actual_score": 0.0,
-"passed_tests": 2, "total_tests": 6, "status": "failed", ...}, and pairs.jsonl {"task_id": ...,
-"prompt": ..., "chosen": ..., "rejected": ..., "edit_distance": 3}. While the stage runs, the folder
-holds the tested samples and state.pt for --resume instead.
+"passed_tests": 2, "total_tests": 6, "status": "failed", ...}
+
+pairs.jsonl:
+{"task_id": "tiny/rm/0", "prompt": "...", "chosen": "...", "rejected": "...", "edit_distance": 3}
+
+While the stage runs, the folder holds the tested samples and state.pt for --resume instead.
 
 Run: python 02_reward_model.py
 
@@ -197,7 +202,11 @@ def main(cfg):
     # ---- pairs
     pairs = choose_pairs(samples, cfg, rng)
     validation_pairs = [
-        pair for group in by_prompt(validation_samples) for pair in pairs_of(group, all_pairs)
+        (a, b)
+        for group in by_prompt(validation_samples)
+        for a in group
+        for b in group
+        if a["actual_score"] > b["actual_score"]
     ]
     if not pairs or not validation_pairs:
         sandbox.fail(
@@ -639,25 +648,21 @@ def by_prompt(samples):
     return list(groups.values())
 
 
-def pairs_of(group, choose):
-    """(passing, failing) samples of one prompt, chosen by `all_pairs` or `pick_pair`."""
-    passed = [sample["actual_score"] == 1.0 for sample in group]
-    chosen = choose([sample["response"] for sample in group], passed)
-    chosen = [chosen] if isinstance(chosen, tuple) else chosen or []
-    return [(group[i], group[j]) for i, j in chosen]
-
-
 def choose_pairs(samples, cfg, rng):
     """The (chosen, rejected) samples to train on."""
     pairs = []
     groups = by_prompt(samples)
     with sandbox.progress_bar(len(groups), "pairing") as bar:
         for group in groups:
+            responses = [sample["response"] for sample in group]
+            passed = [sample["actual_score"] == 1.0 for sample in group]
             if cfg.pairs == "edit":
-                pairs += pairs_of(group, pick_pair)
+                best = pick_pair(responses, passed)
+                chosen = [best] if best else []
             else:
-                candidates = pairs_of(group, all_pairs)
-                pairs += rng.sample(candidates, min(4, len(candidates)))
+                candidates = all_pairs(responses, passed)
+                chosen = rng.sample(candidates, min(4, len(candidates)))
+            pairs += [(group[i], group[j]) for i, j in chosen]
             bar.update()
     if cfg.max_pairs:
         pairs = rng.sample(pairs, min(cfg.max_pairs, len(pairs)))
@@ -769,18 +774,23 @@ def pair_accuracy(pairs, seed):
     """Share of pairs in which the passing response has the higher reward, with its 95% interval.
 
     Beside it the share that 'the shorter is better' gets right: an RM may have learned only that.
+    A tie counts half.
     """
-    right = [float(a["rm_score"] > b["rm_score"]) for a, b in pairs]
-    gaps = [len(b["response"]) - len(a["response"]) for a, b in pairs]
+
+    def right(a, b):
+        return 1.0 if a > b else 0.5 if a == b else 0.0
+
+    rewards = [right(a["rm_score"], b["rm_score"]) for a, b in pairs]
+    lengths = [right(-len(a["response"]), -len(b["response"])) for a, b in pairs]
     prompts = [a["task_id"] for a, _ in pairs]
-    low, high = clustered_interval(right, prompts, np.random.default_rng(seed))
+    low, high = clustered_interval(rewards, prompts, np.random.default_rng(seed))
     return {
         "pairs": len(pairs),
         "prompts": len(set(prompts)),
-        "accuracy": sum(right) / len(pairs),
+        "accuracy": sum(rewards) / len(pairs),
         "low": low,
         "high": high,
-        "shorter_is_better": sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / len(pairs),
+        "shorter_is_better": sum(lengths) / len(pairs),
     }
 
 
