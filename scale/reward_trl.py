@@ -1,4 +1,4 @@
-"""Stage 2's reward model as a reward function for TRL: reward_funcs=reward_model("out/rm")."""
+"""Stage 2's reward model as a reward function for TRL 1.16.0: reward_model("out/rm")."""
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -1,5 +1,6 @@
 """pf_verl.py in the real verl: its ReplayBuffer, TransferQueue, trainer methods and config."""
 
+import json
 import random
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ pytest.importorskip("verl")
 import asyncio  # noqa: E402
 
 import ray  # noqa: E402
+import to_verl  # noqa: E402
 import transfer_queue as tq  # noqa: E402
 import verl.trainer.config  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
@@ -20,6 +22,7 @@ from tensordict import TensorDict  # noqa: E402
 from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -28,6 +31,7 @@ from transformers import (  # noqa: E402
 from verl import DataProto  # noqa: E402
 from verl.trainer.ppo import core_algos  # noqa: E402
 from verl.trainer.ppo.reward import load_reward_manager  # noqa: E402
+from verl.trainer.ppo.utils import create_rl_dataset  # noqa: E402
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer  # noqa: E402
 from verl.utils.config import validate_config  # noqa: E402
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict  # noqa: E402
@@ -286,3 +290,24 @@ def test_reward_manager_scores_token_ids(ppo, rm_folder):
         assert result == pytest.approx(expected - (response[-1] != 1), abs=1e-4)
         scores.append(result)
     assert abs(scores[0] - (scores[1] + 1)) > 1e-3  # the EOS counts
+
+
+def test_problems_and_critic(ppo, rm_folder, tmp_path, monkeypatch):
+    """verl reads the problems that to_verl.py writes; the critic's values are stage 4's."""
+    monkeypatch.chdir(tmp_path)
+    problem = {"task_id": "t/0", "prompt": "a b", "tests": ["assert f(1) == 1"]}
+    Path("problems.jsonl").write_text(json.dumps(problem) + "\n")
+    files = {"data": "problems.jsonl", "validation": "problems.jsonl"}
+    to_verl.main(to_verl.Config(reward_model=str(rm_folder), **files))
+    tokenizer = AutoTokenizer.from_pretrained(rm_folder)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    config = verl_config("+data.cache_dir=cache")
+    assert config.data.train_files == "out/verl/ppo.jsonl"
+    dataset = create_rl_dataset(config.data.train_files, config.data, tokenizer, None)
+    assert dataset[0]["raw_prompt"] == [{"role": "user", "content": "a b"}]
+
+    rm = AutoModelForSequenceClassification.from_pretrained(rm_folder)
+    critic = AutoModelForTokenClassification.from_pretrained(config.critic.model.path)
+    ids = torch.tensor([[2, 3, 4, 5, 6, 1]])
+    values = ppo.normalised(ppo.token_scores(rm, ids, torch.ones_like(ids)), rm)
+    torch.testing.assert_close(critic(ids).logits[..., 0], values, atol=1e-5, rtol=1e-5)
