@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests of the two plug-ins in their engines, on the CPU: two environments, about five minutes.
+# Tests of the two plug-ins in their engines, on the CPU, each in an environment of its own.
 # Not part of runs/test.sh. Usage: bash scale/test.sh [pytest arguments]
 set -eu
 cd "$(dirname "$0")"
