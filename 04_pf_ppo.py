@@ -109,9 +109,7 @@ class Config:
     timeout: float = 1.0  # CPU seconds per program
     workers: int = 1  # sandbox processes, 0: one per core; they run while the models train
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
-    bf16: Literal["auto", "on", "off"] = (
-        "auto"  # bf16 autocast over float32 weights; auto: on a GPU
-    )
+    bf16: Literal["auto", "on", "off"] = "auto"  # autocast over float32 weights; auto: on a GPU
     lora_rank: int = 0  # train LoRA adapters of this rank (needs peft); 0: train all weights
     threads: int = 0  # PyTorch CPU threads, 0: PyTorch's choice
     seed: int = 0  # order of the prompts, sampling, filter, minibatches
@@ -694,7 +692,7 @@ def load_models(cfg, tokenizer, device):
         reward_model.requires_grad_(False)
     for model in filter(None, (policy, critic)):
         if cfg.gradient_checkpointing:
-            unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
+            unwrapped(model).activation_checkpointing_enable()
         model.train()
     return [model and model.to(device) for model in (policy, reference, critic, reward_model)]
 

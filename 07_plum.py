@@ -506,7 +506,7 @@ def load_policy_and_reference(path, tokenizer, cfg, device):
     else:
         reference = copy.deepcopy(policy).requires_grad_(False)
     if cfg.gradient_checkpointing:
-        unwrapped(policy).gradient_checkpointing_enable({"use_reentrant": False})
+        unwrapped(policy).activation_checkpointing_enable()
     return policy.train().to(device), reference.to(device)
 
 
