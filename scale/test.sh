@@ -19,7 +19,7 @@ environment() {
 environment .venv_trl trl==1.16.0 transformers==5.23.0
 # verl's CPU extra pins torch 2.11 and pulls packages that need a GPU: what the tests need, by name.
 environment .venv_verl verl==0.9.1 TransferQueue==0.1.11 transformers==5.10.4 \
-    "hydra-core>=1.3" uvicorn fastapi
+    "hydra-core>=1.3" uvicorn fastapi cachetools
 
 .venv_trl/bin/python -m pytest tests/test_trl.py "$@"
 .venv_verl/bin/python -m pytest tests/test_verl.py "$@"
