@@ -41,11 +41,7 @@ FILTERS = ["none", "random2", "br", "bw", "bon"]
 OTHER_FILTERS = ["single", "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3"]
 BASELINES = ["raft", "bond", "dpo", "ipo", "kto", "iterative_dpo"]
 CRITIC_FREE = {f"{a}_{s}": (a, s) for a in ("rloo", "grpo") for s in ("none", "random2", "bw")}
-PLUM = {
-    "plum_dpo": ["--loss", "dpo"],
-    "plum_kto": ["--loss", "kto"],
-    "plum_online_dpo": ["--loss", "dpo", "--online"],
-}
+PLUM = ["plum_dpo", "plum_kto", "plum_online_dpo"]
 PROFILES = ["clean", "moderate", "moderate_length", "high", "low", "everywhere"]
 KL_COEFS = ["0.1", "0.03"]  # beside the default of 0.3; with less the policy runs away
 RMS = {
@@ -58,13 +54,14 @@ ALONG = {"SFT": (1, 2, 3), "middle": (12, 13, 14), "final": (23, 24, 25)}
 
 # Where filters are compared, {table: [(setting, group of runs, prefix of the methods)]}.
 SETTINGS = {
-    "reward and advantage": [("RM, gae", "main", ""), ("RM, rloo", "main", "rloo_")]
-    + [
+    "reward and advantage": [
+        ("RM, gae", "main", ""),
+        ("RM, rloo", "main", "rloo_"),
         ("RM, grpo", "main", "grpo_"),
         ("tests, gae", "tests", ""),
         ("tests, grpo", "tests", "grpo_"),
     ],
-    "errors of the reward": [(f"errors: {p}", f"profile_{p}", "") for p in PROFILES],
+    "errors of the reward, 15 iterations": [(f"errors: {p}", f"profile_{p}", "") for p in PROFILES],
     "KL coefficient": [("KL 0.3", "main", "")] + [(f"KL {c}", f"kl_{c}", "") for c in KL_COEFS],
     "reward model": [("RM: all pairs", "main", "")] + [(f"RM: {r}", f"rm_{r}", "") for r in RMS],
 }
@@ -124,9 +121,9 @@ def plan():
 
     runs += [profile_run(profile) for profile in PROFILES]
     for seed in SEEDS[:3]:  # enough to see a difference after three fifths of the iterations
-        for profile in PROFILES:
-            flags = [*profile_flags(profile), "--iterations", "15"]
-            runs += [training(f"profile_{profile}", m, seed, *flags) for m in FILTERS]
+        for p in PROFILES:
+            flags = ["--profile", p, "--iterations", "15"]
+            runs += [training(f"profile_{p}", method, seed, *flags) for method in FILTERS]
 
     others = [*BASELINES, *CRITIC_FREE, *PLUM]
     runs += [training("main", method, seed) for seed in SEEDS for method in others]
@@ -175,14 +172,11 @@ def rm_run(group, pipeline, *flags):
     return make_run(group, "rm", pipeline, pipeline, sft, command, r2)
 
 
-def profile_flags(profile):
-    return ["--profile", profile, "--samples", "out/tables/main/0/rm/0/samples.jsonl"]
-
-
 def profile_run(profile):
     """R2 of the SFT policy with a reward of known reliability."""
-    command = ["tools/controlled.py", *profile_flags(profile), "--out", "{out}/samples.jsonl"]
-    command += ["--rescore", "out/tables/main/0/rm/0/validation_samples.jsonl"]
+    rm = "out/tables/main/0/rm/0"
+    command = ["tools/controlled.py", "--profile", profile, "--samples", f"{rm}/samples.jsonl"]
+    command += ["--rescore", f"{rm}/validation_samples.jsonl", "--out", "{out}/samples.jsonl"]
     r2 = [*R2, "--samples", "{out}/samples.jsonl"]
     return make_run(f"profile_{profile}", "r2", 0, 0, "main/0/rm/0", command, r2)
 
@@ -191,17 +185,20 @@ def training(group, method, seed, *flags, pipeline=0, rm=None):
     """A training run, the evaluation of its last policy and, for a filter, R2 of its rollouts."""
     rm = needs = rm or f"main/{pipeline}/rm/{pipeline}"
     if method in PLUM:
-        command = ["07_plum.py", *PLUM[method], "--lesson_model", "out/tables/plum_sft"]
+        online = ["--online"] if "online" in method else []
+        command = ["07_plum.py", "--loss", method.split("_")[-1], *online]
+        command += ["--lesson_model", "out/tables/plum_sft", "--lesson_tests", "{data}/plum.jsonl"]
         command += ["--lesson_solutions", "{data}/sft.jsonl"]
-        command += ["--lesson_tests", "{data}/plum.jsonl"]
         if (method, seed) != ("plum_dpo", 0):  # which gives the lesson
             needs = "main/0/plum_dpo/0"
     elif method in BASELINES:
         command = ["06_baselines.py", "--method", method, "--reward_model", f"out/tables/{rm}"]
     else:
-        script = "tools/controlled.py" if "--profile" in flags else "04_pf_ppo.py"
         advantage, strategy = CRITIC_FREE.get(method, ("gae", method))
-        command = [script, "--strategy", strategy, "--advantage", advantage, "--resume"]
+        command = ["04_pf_ppo.py"]
+        if "--profile" in flags:
+            command = ["tools/controlled.py", "--samples", f"out/tables/{rm}/samples.jsonl"]
+        command += ["--strategy", strategy, "--advantage", advantage, "--resume"]
         command += ["--reward_model", f"out/tables/{rm}"]
     command += [*flags, "--policy", f"out/tables/main/{pipeline}/sft/{pipeline}"]
     command += ["--data", "{data}/ppo.jsonl", "--validation", "{data}/validation.jsonl"]
@@ -239,12 +236,11 @@ def carry_out(run):
     """Call the commands of a run -> its record."""
     out = Path(f"out/tables/{run['name']}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    begun = time.time()
     for command in run["commands"]:
         call(command, f"{out}.log")
     record = {name: run[name] for name in ("name", "group", "method", "pipeline", "seed")}
-    record |= summary(out) | {"minutes": round((time.time() - begun) / 60, 2)}
-    shutil.rmtree(out / "best", ignore_errors=True)  # 15 MB per run that nothing reads
+    record |= summary(out)
+    shutil.rmtree(out / "best", ignore_errors=True)  # tens of MB per run that nothing reads
     (out / "state.pt").unlink(missing_ok=True)
     return record
 
@@ -268,11 +264,9 @@ def summary(out):
         ]
     if (out / "rollouts").is_dir():
         lines = sandbox.read_jsonl(out / "metrics.jsonl", {"iteration": int})
-        seen = [line["seen"] + line.get("test_responses", 0) for line in lines[1:]]
-        scored = [line["seen"] for line in lines[1:] if line.get("rm_score") is not None]
         record["cost"] = {
-            "samples": sum(seen),
-            "rm_passes": sum(scored),
+            "samples": sum(line["seen"] + line.get("test_responses", 0) for line in lines[1:]),
+            "rm_passes": sum(line["seen"] for line in lines if line.get("rm_score") is not None),
             "policy_rows": sum(line["kept"] for line in lines if "policy_loss" in line),
             "critic_rows": sum(line["kept"] for line in lines if "critic_loss" in line),
         }
@@ -307,8 +301,8 @@ def run_all(cfg):
                 continue
             try:
                 record = carry_out(run) | {"commit": commit}
-                with lock, open(RESULTS, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")  # one write: all of the line or nothing
+                with lock, open(RESULTS, "ab", buffering=0) as file:
+                    file.write(f"{json.dumps(record)}\n".encode())  # at once: no torn line
                 done.add(run["name"])
                 minutes, test = (time.time() - started) / 60, record.get("test", "")
                 print(f"{minutes:5.1f} min  {run['name']} {test} {len(waiting)} to go", flush=True)
@@ -319,8 +313,12 @@ def run_all(cfg):
                 running.remove(run["name"])
 
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        for future in [pool.submit(worker) for _ in range(cfg.jobs)]:
-            future.result()
+        workers = [pool.submit(worker) for _ in range(cfg.jobs)]
+        try:
+            for future in workers:
+                future.result()
+        finally:
+            waiting.clear()  # after Ctrl-C, which ends the scripts, too, nothing starts
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
@@ -345,12 +343,12 @@ def cell(values, scale=100, digits=1, sign=""):
 
 
 def spearman(x, y):
-    """Rank correlation; ties share their mean rank. nan where all of one side are equal."""
+    """Rank correlation; ties share their mean rank. nan where one is nan or all are equal."""
     ranks = []
     for values in (np.asarray(x, float), np.asarray(y, float)):
         below = (values[:, None] > values).sum(1)
         ranks.append(below + ((values[:, None] == values).sum(1) - 1) / 2)
-    if min(map(np.ptp, ranks)) == 0:
+    if min(map(np.ptp, ranks)) == 0 or np.isnan([*x, *y]).any():
         return np.nan
     return float(np.corrcoef(ranks)[0, 1])
 
@@ -361,21 +359,16 @@ def select(records, group, method):
     return {r["seed"]: r for r in records if (r["group"], r["method"]) == key}
 
 
-def pass_at_1(records, group, method, kind):
-    """{seed: pass@1 on the test problems after the last iteration}; kind: greedy or sampled."""
-    runs = select(records, group, method)
-    return {seed: run["test"][kind] for seed, run in runs.items()}
-
-
 def shared(records, group, prefix, kind, methods=FILTERS):
     """{method: array of pass@1} of those that have run, over the seeds that all of them have.
 
     Means over other seeds would be unfair. The records' methods have a prefix: grpo_bw is bw.
+    pass@1 is that of the last iteration on the test problems; kind: greedy or sampled.
     """
-    scores = {m: pass_at_1(records, group, prefix + m, kind) for m in methods}
-    scores = {m: of_seed for m, of_seed in scores.items() if of_seed}
-    seeds = sorted(set.intersection(*map(set, scores.values()))) if scores else []
-    return {m: np.array([of_seed[s] for s in seeds]) for m, of_seed in scores.items()}
+    runs = {m: select(records, group, prefix + m) for m in methods}
+    runs = {m: of_seed for m, of_seed in runs.items() if of_seed}
+    seeds = sorted(set.intersection(*map(set, runs.values()))) if runs else []
+    return {m: np.array([of_seed[s]["test"][kind] for s in seeds]) for m, of_seed in runs.items()}
 
 
 def difference(scores, method, other):
@@ -438,8 +431,8 @@ def prediction_table(settings):
     head = ["setting", "pairs in order", *(f"R² {m}, pooled / within" for m in FILTERS)]
     rows, columns = [], []
     for label, accuracy, r2, means in predictions(settings):
-        cells = [f"{x:.2f} / {r2['within'][m]:.2f}" for m, x in r2["pooled"].items()]
-        cells += [""] * (len(FILTERS) - len(cells))
+        pairs = {m: f"{x:.2f} / {r2['within'][m]:.2f}" for m, x in r2["pooled"].items()}
+        cells = [pairs.get(m, "") for m in FILTERS]
         columns.append(correlations(r2, means, r2["pooled"]))
         rows.append([label, f"{accuracy:.3f}", *cells, *(f"{x:+.2f}" for x in columns[-1])])
     overall = [cell(column, 1, 2, "+") for column in zip(*columns)]
@@ -536,7 +529,8 @@ def plot_predictions(tables, path):
 
 def plot_filters(settings, path):
     """Does filtering beat as many responses at random? Differences to random2, by setting."""
-    settings = [setting for setting in settings if shared(*setting[1:], "greedy")]
+    settings = [s for s in settings if shared(*s[1:], "greedy")]
+    settings = [s for k, s in enumerate(settings) if s[1:] not in [t[1:] for t in settings[:k]]]
     figure = Figure(figsize=(12, 1.5 + 0.4 * len(settings)), layout="constrained")
     for axis, kind in zip(figure.subplots(1, 2, sharey=True), KINDS):
         for k, method in enumerate(("br", "bw")):
@@ -565,10 +559,11 @@ def show(records):
     settings = {"whole pipelines": [("whole pipelines", whole, "main", "")]}
     for table, rows in SETTINGS.items():
         settings[table] = [(label, first, group, prefix) for label, group, prefix in rows]
-    predicted = {"whole pipelines": pipelines}
-    predicted |= {name: settings[name] for name in ("errors of the reward", "reward model")}
+    predicted = {"whole pipelines": pipelines}  # the settings with an R2 of their own
+    for name in ("errors of the reward, 15 iterations", "reward model"):
+        predicted[name] = settings[name]
 
-    sft = [cell(list(pass_at_1(whole, "main", "sft", kind).values())) for kind in KINDS]
+    sft = [cell(shared(whole, "main", "", kind, ["sft"]).get("sft", [])) for kind in KINDS]
     parts = {f"By {name}": comparison(rows) for name, rows in settings.items()}
     for name, rows in predicted.items():
         parts[f"By {name}"] += f"\n{prediction_table(rows)}"
