@@ -13,18 +13,22 @@ time, memory, processes, files and output are set for each job. Where namespaces
 """
 
 import contextlib
+import copy  # noqa: F401 (this and the others without use: many programs import them, so Z holds them for all)
 import ctypes
 import gc
+import heapq  # noqa: F401
 import json
+import math  # noqa: F401
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
+import string  # noqa: F401
 import struct
 import sys
 import time
+import typing  # noqa: F401
 
 import judge
 
@@ -70,14 +74,16 @@ SET_PARENT_DEATH_SIGNAL, SET_DUMPABLE, SET_SUBREAPER, SET_NO_NEW_PRIVILEGES = 1,
 SET_SECCOMP = 22
 
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
 def libc(call, *args):
     """Call a C function by its name, or a system call by its number; OSError when it answers -1."""
     args = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-    library = ctypes.CDLL(None, use_errno=True)
     if isinstance(call, str):
-        answer = getattr(library, call)(*args)
+        answer = getattr(LIBC, call)(*args)
     else:
-        answer = library.syscall(ctypes.c_long(call), *args)
+        answer = LIBC.syscall(ctypes.c_long(call), *args)
     if answer == -1:
         raise OSError(ctypes.get_errno(), f"{call}: {os.strerror(ctypes.get_errno())}")
     return answer
@@ -317,6 +323,8 @@ def renew(scratch, namespaces):
             with contextlib.suppress(OSError):
                 if not os.path.islink(path):
                     os.chmod(path, 0o700)
+    import shutil
+
     shutil.rmtree(scratch, ignore_errors=True)
     os.mkdir(scratch)
     os.chmod(scratch, 0o1777)
@@ -468,10 +476,11 @@ class Job:
             os.dup2(null if self.stdin is None else self.stdin, 0)
             os.dup2(null if is_judge else self.output_write, 1)
             os.dup2(null if is_judge or self.kind == "program" else self.output_write, 2)
-            if self.rules and self.layers["landlock"] >= 6 and not is_judge:
-                libc(LANDLOCK_RESTRICT, self.rules, 0)  # a domain of its own: no signal to J and Z
-            if self.layers["seccomp"] and not self.layers["namespaces"]:
-                filter_system_calls(REFUSED_WITHOUT_NAMESPACES)
+            if not self.layers["namespaces"]:
+                if self.rules:
+                    libc(LANDLOCK_RESTRICT, self.rules, 0)  # a domain of its own: no signal to Z
+                if self.layers["seccomp"]:
+                    filter_system_calls(REFUSED_WITHOUT_NAMESPACES)
             start = 3
             for fd in sorted(lines):
                 os.closerange(start, fd)
@@ -480,7 +489,8 @@ class Job:
             os.chdir("/" if is_judge else self.scratch)
             set_limit(resource.RLIMIT_CPU, int(self.cpu) + 2)
             set_limit(resource.RLIMIT_AS, (JUDGE_MB if is_judge else self.memory_mb) << 20)
-            gc.enable()
+            if not is_judge:
+                gc.enable()
             os._exit(action(self.size, *lines) or 0)
         except (EOFError, OSError):
             os._exit(0)  # the other side has gone
