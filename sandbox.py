@@ -23,6 +23,7 @@ The three files stand alone: Linux 5.3, Python 3.11, the standard library. docs/
 import ast
 import atexit
 import collections
+import dataclasses
 import functools
 import gzip
 import json
@@ -36,6 +37,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import judge
@@ -164,10 +166,10 @@ def statement_tasks(code, tests, setup, entry_point, timeout, memory_mb, trust):
         if outcome.last("one_process") and not together:
             why = outcome.last("one_process")
             continue
-        return verdict(outcome, count, token, "in_process" if together else "split")
+        return result_of(outcome, count, token, "in_process" if together else "split")
 
 
-def verdict(outcome, count, token, trust):
+def result_of(outcome, count, token, trust):
     """The Result of a job from what J said of each test, and what Z says of the end."""
     status, error = "passed", ""
     found = [said for said in outcome.said if not isinstance(said, dict)]
@@ -791,6 +793,17 @@ def write_jsonl(path, records):
     os.replace(f"{path}.tmp", path)
 
 
+def verdict(result):
+    """The fields that a sample's record takes from its Result."""
+    return {
+        "actual_score": float(result.passed),
+        "passed_tests": result.passed_tests,
+        "total_tests": result.total_tests,
+        "status": result.status,
+        "trust": result.trust,
+    }
+
+
 def run_tests(problems, responses, *, timeout=3.0, workers=0, progress=None):
     """Run responses against the tests of their problems, identical programs once.
 
@@ -808,18 +821,60 @@ def run_tests(problems, responses, *, timeout=3.0, workers=0, progress=None):
             index[key] = len(jobs)
             job = {"code": key[1], "timeout": timeout}
             jobs.append(job | {name: problem[name] for name in ("tests", "setup", "entry_point")})
-    if progress is None:
-        results = run_many(jobs, workers or None)
-    else:
-        from tqdm import (
-            tqdm,
-        )  # not at the top: sandbox.py alone needs the standard library and nothing else
-
-        with tqdm(
-            total=len(jobs), desc=progress, unit="program", mininterval=1, dynamic_ncols=True
-        ) as bar:
-            results = run_many(jobs, workers or None, on_result=lambda index, result: bar.update())
+    with progress_bar(len(jobs), progress) as bar:
+        results = run_many(jobs, workers or None, on_result=lambda index, result: bar.update())
     return [results[index[key]] for key in keys]
+
+
+# ---------------------------------------------------------------- what a stage has finished
+
+# Flags that change no result: a finished stage may be run again with other values of these.
+FREE_FLAGS = {
+    "gradient_checkpointing",
+    "micro_batch_size",
+    "resume",
+    "score_batch_size",
+    "threads",
+    "workers",
+}
+
+
+def finished(cfg, directory):
+    """True if `directory` holds this stage's output made with these settings; others are refused.
+
+    `stage_config.json` is the last file that a stage writes, so it marks the output as complete.
+    """
+    path = Path(directory) / "stage_config.json"
+    if not path.is_file():
+        return False
+    old, new = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(cfg)
+    changed = [
+        f"{name} was {old.get(name)!r}, now {new[name]!r}"
+        for name in new
+        if name not in FREE_FLAGS and old.get(name) != new[name]
+    ]
+    if changed:
+        fail(
+            f"{directory} was made with other settings ({'; '.join(changed)}); "
+            "delete it or choose another --out"
+        )
+    print(f"{directory} is finished; delete it to run this stage again")
+    return True
+
+
+def save_config(cfg, directory):
+    """Save the settings beside the output, as the mark that it is complete."""
+    text = json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
+    temporary = Path(directory) / "stage_config.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(Path(directory) / "stage_config.json")
+
+
+def progress_bar(total, label):
+    """A tqdm bar that stays away from what takes less than three seconds; label None: no bar."""
+    from tqdm import tqdm  # not at the top: the sandbox alone needs the standard library only
+
+    return tqdm(total=total, desc=label, delay=3, mininterval=1, leave=False, disable=label is None)
 
 
 # ---------------------------------------------------------------- command line

@@ -1,161 +1,161 @@
-"""Stages 3 and 4 with a reward whose reliability is set by hand: is it *because* moderate rewards are unreliable that
-filtering helps? The paper observes the two together; here nothing else changes.
+"""Stages 3 and 4 with a reward whose reliability is set by hand.
 
-A share of all responses, chosen by a hash of the text, is disturbed: its reward no longer says whether it passes its tests,
-and is a number v in [0, 1) instead. The rest are in order: those that pass above those that fail, and in both the ones with
-more tests passed above (with a little noise, so that a continuum arises). The profile says where among them the disturbed
-ones stand:
+Does filtering help *because* moderate rewards are unreliable? The paper observes the two together.
+Here nothing else changes. The reward is made from the true tests. It orders responses rightly,
+those that pass above those that fail, except for a share of disturbed responses. A hash of the text
+chooses these. Their reward says nothing: it is a number v in [0, 1). The profile says where they
+stand among the others:
 
-    clean        nothing is disturbed
-    moderate     71% are; they stand between the others: the best rewards all pass, the worst all fail (the paper's picture)
-    high         29% are; they stand above all others: nobody can tell what a high reward is worth
-    low          29% are; they stand below all others
-    everywhere   50% are, spread over all others
-    middle_ranks within one prompt, not over all: its best and its worst text are right, the rewards of those between
-                 are dealt anew among them. BW and BoN then train on what they do with a clean reward
+    clean            nothing is disturbed
+    moderate         71% are, and stand in the middle: the best rewards all pass, the worst all fail
+    moderate_length  the same, but v is the place of the response's length: an error by a rule
+    high             29% are, and stand above all others: a high reward means nothing
+    low              29% are, and stand below all others
+    everywhere       50% are, spread over all others
 
-The shares are such that `moderate` to `everywhere` each put three of four pairs (one that passes, one that fails) in the right
-order: as reward models they are equally accurate, and differ in where they err. Half of a pair's chance is lost where both are
-disturbed (moderate), all of it where a failing one is lifted above a passing one (high), or a passing one is sunk (low). The best
-of five responses is disturbed in 76% of the prompts under `moderate`, 73% under `high`, 2% under `low`, 56% under `everywhere`:
-what is moderate among all responses is often the best of one prompt.
+With these shares each profile but `clean` orders three of four pairs (one that passes, one that
+fails) rightly: as reward models they are equally accurate and differ in where they err. (Longer
+prompts have longer responses, so over pairs of several prompts moderate_length is a little worse.)
 
-v is a number from a hash of the text (`--noise hash`: nobody can learn it) or the place of the response's length
-among the SFT responses to a thousand prompts (`--noise length`: a policy can, and gains reward by writing longer programs; long prompts
-have long responses, so over all pairs accuracy is 0.68 to 0.73 then, within a prompt 0.74 to 0.78). The reward
-is the quantile of the standard normal distribution at the place of the response among those of the SFT policy: rewards are
-distributed alike in all profiles. What remains of the reward model is the critic's first weights, in all of them the same.
+The reward is the quantile of the standard normal distribution at the response's place among those
+of the SFT policy, so rewards are distributed alike in all profiles. What remains of the reward
+model is the critic's first weights, the same in all of them.
 
-Reads   out/rm/samples.jsonl (responses of the SFT policy with their verdicts), and what the stage reads
-Run     python tools/controlled.py r2 --profile moderate -- --out out/controlled/r2_moderate
-        python tools/controlled.py ppo --profile moderate --noise length -- --strategy bw --out out/controlled/bw
-        What stands after -- are the stage's own flags.
+Reads out/rm/samples.jsonl (responses of the SFT policy with their verdicts) and what stage 4 reads.
+
+Run: python tools/controlled.py --profile high --strategy bw --out out/controlled_bw
+
+or, for stage 3: python tools/controlled.py --profile high --rescore out/rm/validation_samples.jsonl
+--out out/high.jsonl, then python 03_r2_analysis.py --samples out/high.jsonl --out out/r2_high
 """
 
-import argparse
 import bisect
-import dataclasses
 import hashlib
 import importlib.util
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
+from typing import Literal
 
 import torch
+import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = {"clean": 0.0, "moderate": 0.707, "high": 0.293, "low": 0.293, "everywhere": 0.5, "middle_ranks": 0.0}  # of
-# all responses that are disturbed, whatever their prompt
-LEVELS = {"low": -1, "failed": 0, "moderate": 1, "passed": 2, "high": 3}
-STAGES = {"r2": "03_r2_analysis.py", "ppo": "04_pf_ppo.py"}
+sys.path.insert(0, str(ROOT))
+import sandbox  # noqa: E402
 
 
 def load_script(name):
     """A numbered script as a module; dataclasses look for it in sys.modules."""
-    sys.path.insert(0, str(ROOT))
-    spec = importlib.util.spec_from_file_location("script_" + name.removesuffix(".py"), ROOT / name)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    module_name = "script_" + name.removesuffix(".py")
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, ROOT / name)
+        sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module_name])
+    return sys.modules[module_name]
 
 
-def hash_number(text, salt):
-    """A number in [0, 1) that looks random and is always the same for a text."""
-    return int.from_bytes(hashlib.sha256(f"{salt}/{text}".encode()).digest()[:8], "big") / 2**64
+ppo = load_script("04_pf_ppo.py")
+Profile = Literal["clean", "moderate", "moderate_length", "high", "low", "everywhere"]
+SHARES = {"clean": 0.0, "moderate": 0.707, "high": 0.293, "low": 0.293, "everywhere": 0.5}
+FLOORS = {"low": -1, "moderate": 1, "high": 3}  # of the disturbed; failing: 0 to 1, passing: 2 to 3
+SAMPLE_FIELDS = {"prompt": str, "response": str, "passed_tests": int, "total_tests": int}
 
 
-def base_reward(share_passed, text):
-    """The truth and a little noise: f + 0.2 e, e standard normal by a hash of the text. Ties in f would leave no continuum."""
-    return share_passed + 0.2 * NormalDist().inv_cdf(min(max(hash_number(text, "base"), 1e-9), 1 - 1e-9))
-
-
-def place(ordered, value):
-    """Share of the sorted list `ordered` that lies below `value`, in [0, 1]; of equals, half."""
-    return (bisect.bisect_left(ordered, value) + bisect.bisect_right(ordered, value)) / (2 * len(ordered))
+@dataclass
+class Config(ppo.Config):
+    profile: Profile = "moderate"  # where the reward errs
+    samples: str = "out/rm/samples.jsonl"  # responses of the SFT policy: the scale of the reward
+    rescore: str = ""  # samples to write to --out with this reward, for stage 3; empty: train
 
 
 class ProfileReward:
-    """Stands in for `score_responses` of a stage: same arguments, but the reward follows a profile.
+    """The reward of a response, in standard deviations over the responses of the SFT policy."""
 
-    Args:
-        stage: the module; problems: those that it samples responses to; samples: verdicts of the SFT policy's responses.
-        mean, std: the statistics that the stage normalises by; what it gets back are standard normal rewards.
-        per_prompt: N; so many sequences one after the other answer one prompt.
-    """
-
-    def __init__(self, stage, tokenizer, problems, samples, profile, noise, timeout, mean, std, per_prompt):
-        self.stage, self.tokenizer, self.timeout = stage, tokenizer, timeout
-        self.profile, self.noise, self.mean, self.std, self.per_prompt = profile, noise, mean, std, per_prompt
-        self.problems = {tuple(stage.encode_prompt(tokenizer, problem["prompt"])): problem for problem in problems}
-        self.lengths = sorted({len(ids) for ids in self.problems})
-        known = [(s["prompt"] + s["response"], s["response"], s["passed_tests"] / s["total_tests"]) for s in samples]
-        self.base = sorted(base_reward(share_passed, key) for key, _, share_passed in known)
+    def __init__(self, samples, profile):
+        self.profile, _, self.rule = profile.partition("_")
+        known = [
+            (s["prompt"], s["response"], s["passed_tests"] / s["total_tests"]) for s in samples
+        ]
+        self.base = sorted(base_reward(*sample) for sample in known)
         self.sizes = sorted(len(response) for _, response, _ in known)
-        self.in_order = sorted(self.undisturbed(key, share_passed) for key, _, share_passed in known)
-        self.levels = sorted(self.level(*each) for each in known)
+        self.undisturbed_levels = sorted(self.undisturbed(*sample) for sample in known)
+        self.levels = sorted(self.level(*sample) for sample in known)
 
-    def __call__(self, reward_model, sequences, pad_id, batch_size):
-        problems, responses = [], []
-        for ids in sequences:
-            cut = next(n for n in self.lengths if tuple(ids[:n]) in self.problems)
-            problems.append(self.problems[tuple(ids[:cut])])
-            responses.append(self.stage.decode_response(self.tokenizer, ids[cut:]))
-        results = self.stage.run_tests(problems, responses, 1, self.timeout)
-        keys = [problem["prompt"] + text for problem, text in zip(problems, responses)]
-        rewards = [self.reward(key, text, result.passed_tests / result.total_tests)
-                   for key, text, result in zip(keys, responses, results)]
-        if self.profile == "middle_ranks":
-            for first in range(0, len(rewards), self.per_prompt):
-                rows = range(first, first + self.per_prompt)
-                reward_of = {keys[k]: rewards[k] for k in rows}  # by text: the twin of the best is no middle one
-                middle = sorted(reward_of, key=reward_of.get)[1:-1]
-                dealt = [reward_of[text] for text in sorted(middle, key=lambda text: hash_number(f"{text}/{first}", "dealt"))]
-                reward_of.update(zip(middle, dealt))
-                for k in rows:
-                    rewards[k] = reward_of[keys[k]]
-        return torch.tensor(rewards) * self.std + self.mean
-
-    def undisturbed(self, key, share_passed):
-        """The level of a response whose reward is right: from 0 to 1 those that fail, from 2 to 3 those that pass."""
-        return LEVELS["passed" if share_passed == 1 else "failed"] + place(self.base, base_reward(share_passed, key))
-
-    def level(self, key, response, share_passed):
-        """A number that orders responses as this profile does; `key` is the whole text, which decides what is random."""
-        if hash_number(key, "which") >= SHARES[self.profile]:
-            return self.undisturbed(key, share_passed)
-        v = hash_number(key, "noise") if self.noise == "hash" else place(self.sizes, len(response))
-        if self.profile == "everywhere":
-            return self.in_order[min(int(v * len(self.in_order)), len(self.in_order) - 1)]
-        return LEVELS[self.profile] + v
-
-    def reward(self, key, response, share_passed):
-        u = place(self.levels, self.level(key, response, share_passed))
+    def __call__(self, prompt, response, share_passed):
+        u = place(self.levels, self.level(prompt, response, share_passed))
         return NormalDist().inv_cdf(min(max(u, 1e-3), 1 - 1e-3))
 
+    def undisturbed(self, prompt, response, share_passed):
+        """The level of a response whose reward is right: 0 to 1 where it fails, else 2 to 3."""
+        floor = 2 if share_passed == 1 else 0
+        return floor + place(self.base, base_reward(prompt, response, share_passed))
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--profile", choices=SHARES, default="moderate")
-    parser.add_argument("--noise", choices=("hash", "length"), default="hash")
-    parser.add_argument("--samples", default="out/rm/samples.jsonl", help="responses of the SFT policy with their verdicts")
-    args, rest = parser.parse_known_args()
-    stage = load_script(STAGES[args.stage])
-    sys.argv = [STAGES[args.stage], *[flag for flag in rest if flag != "--"]]
-    cfg = stage.parse_config(stage.Config, stage.__doc__)
-    samples = stage.read_jsonl(args.samples, {"prompt": str, "response": str, "passed_tests": int, "total_tests": int})
-    problems = stage.read_jsonl(cfg.data, stage.PROBLEM_FIELDS)
-    if args.stage == "ppo":
-        problems += stage.read_jsonl(cfg.validation, stage.PROBLEM_FIELDS)
-    policy = cfg.policy if args.stage == "ppo" else cfg.policies[0]
-    config = stage.AutoConfig.from_pretrained(cfg.reward_model)
-    stage.score_responses = ProfileReward(stage, stage.load_tokenizer(policy), problems, samples[:5000], args.profile,
-                                          args.noise, cfg.timeout, config.reward_mean, config.reward_std,
-                                          stage.rollout_shape(cfg)[1] if args.stage == "ppo" else cfg.responses_per_prompt)
-    # Profile and noise become settings of the run, so that another one is not taken for finished, or resumed.
-    own = [(name, str, dataclasses.field(default=getattr(args, name))) for name in ("profile", "noise", "samples")]
-    stage.main(dataclasses.make_dataclass("Config", own, bases=(stage.Config,))(**dataclasses.asdict(cfg)))
+    def level(self, prompt, response, share_passed):
+        """A number that orders all responses as the profile does."""
+        if hash_number(prompt, response, "which") >= SHARES[self.profile]:
+            return self.undisturbed(prompt, response, share_passed)
+        if self.rule == "length":
+            v = place(self.sizes, len(response))
+        else:
+            v = hash_number(prompt, response, "noise")
+        if self.profile == "everywhere":
+            return self.undisturbed_levels[int(v * len(self.undisturbed_levels))]
+        return FLOORS[self.profile] + v
+
+
+def hash_number(prompt, response, salt):
+    """A number in [0, 1) that looks random and is always the same for a text."""
+    digest = hashlib.sha256(f"{salt}/{prompt}{response}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def base_reward(prompt, response, share_passed):
+    """The share of tests passed and a little noise: with ties alone there would be no continuum."""
+    noise = min(max(hash_number(prompt, response, "base"), 1e-9), 1 - 1e-9)
+    return share_passed + 0.2 * NormalDist().inv_cdf(noise)
+
+
+def place(ordered, value):
+    """Share of the sorted list that lies below `value`, in [0, 1]; of equals, half."""
+    below, up_to = bisect.bisect_left(ordered, value), bisect.bisect_right(ordered, value)
+    return (below + up_to) / (2 * len(ordered))
+
+
+def main(cfg):
+    reward = ProfileReward(sandbox.read_jsonl(cfg.samples, SAMPLE_FIELDS), cfg.profile)
+    if cfg.rescore:
+        samples = sandbox.read_jsonl(cfg.rescore, SAMPLE_FIELDS)
+        for sample in samples:
+            share_passed = sample["passed_tests"] / sample["total_tests"]
+            sample["rm_score"] = reward(sample["prompt"], sample["response"], share_passed)
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        sandbox.write_jsonl(cfg.out, samples)
+        return
+    tokenizer = ppo.load_tokenizer(cfg.policy)
+    problems = sandbox.read_problems(cfg.data)
+    problem_of = {tuple(ppo.encode_prompt(tokenizer, p["prompt"])): p for p in problems}
+    lengths = sorted({len(ids) for ids in problem_of})
+
+    def score_responses(reward_model, sequences, batch_size, progress=None):
+        """Stands in for 04's: same arguments, a reward in the unit of the reward model."""
+        ends = [next(n for n in lengths if tuple(ids[:n]) in problem_of) for ids in sequences]
+        asked = [problem_of[tuple(ids[:n])] for ids, n in zip(sequences, ends)]
+        texts = [ppo.decode_response(tokenizer, ids[n:]) for ids, n in zip(sequences, ends)]
+        results = sandbox.run_tests(asked, texts, timeout=cfg.timeout, workers=cfg.workers)
+        rewards = torch.tensor(
+            [
+                reward(problem["prompt"], text, result.passed_tests / result.total_tests)
+                for problem, text, result in zip(asked, texts, results)
+            ]
+        )
+        config = ppo.unwrapped(reward_model).config
+        return rewards * config.reward_std + config.reward_mean
+
+    ppo.score_responses = score_responses
+    ppo.main(cfg)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__, use_underscores=True))
