@@ -878,11 +878,11 @@ def why_one_process(nodes, names, bound):
             case ast.ClassDef() if not is_case(node):
                 return f"define the class {node.name}"
             case ast.Compare(left=left, ops=ops, comparators=right):
-                sides = [left, *right]
-                if any(isinstance(op, (ast.Is, ast.IsNot)) for op in ops) and not any(
-                    map(is_constant, sides)
-                ):
-                    return "compare identities"
+                if any(isinstance(op, (ast.Is, ast.IsNot)) for op in ops):
+                    sides = [left, *right]
+                    theirs = [side for side in sides if isinstance(side, ast.Name) and side.id in names]
+                    if theirs or not any(map(is_constant, sides)):
+                        return "compare identities"
             case ast.List(elts=elements) | ast.Tuple(elts=elements) | ast.Call(args=elements):
                 repeated = [e.id for e in elements if isinstance(e, ast.Name)]
                 if len(set(repeated)) < len(repeated) and isinstance(
@@ -911,11 +911,12 @@ def plain_import(node):
 
 def is_constant(node):
     """None, True, a builtin type: what is the same object everywhere."""
-    return (
-        isinstance(node, ast.Constant)
-        or isinstance(node, ast.Name)
-        and isinstance(getattr(builtins, node.id, None), type)
-    )
+    match node:
+        case ast.Constant() | ast.Call(func=ast.Name(id="type")):
+            return True
+        case ast.Name(id=name):
+            return isinstance(getattr(builtins, name, None), type)
+    return False
 
 
 def same_output(expected, output):
@@ -1011,8 +1012,8 @@ def judge(size, line, link):
         env = environment(job, remote)
         random.seed(job["seed"])  # the same tests, the same label; and U does not know the tests
         failure = remote.reply()[0]
-        if failure:
-            caller.sendall(message({"failure": [str(part) for part in failure]}))
+        if failure is not None:
+            caller.sendall(message({"failure": failure}))
             return
         run_tests(
             job["codes"], env, lambda: remote.over, lambda found: caller.sendall(message(found))

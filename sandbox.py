@@ -148,7 +148,7 @@ def statement_tasks(code, tests, setup, entry_point, timeout, memory_mb, trust):
             raise ValueError("there are no tests")
         code.encode()  # half a surrogate pair is no program
     except Exception as error:
-        return Result("error", False, 0, count, 0.0, "", f"the tests are refused: {error}", "split")
+        return Result("error", False, 0, count, 0.0, "", f"the tests do not compile or are refused: {error}", "split")
     why, lost = plan["why"], 0
     seed = repr((setup, tests))
     while True:
@@ -169,23 +169,26 @@ def statement_tasks(code, tests, setup, entry_point, timeout, memory_mb, trust):
         return result_of(outcome, count, token, "in_process" if together else "split")
 
 
+FAILURES = ("failed", "error", "timeout", "memory", "output", "syntax")
+
+
 def result_of(outcome, count, token, trust):
     """The Result of a job from what J said of each test, and what Z says of the end."""
-    status, error = "passed", ""
     found = [said for said in outcome.said if not isinstance(said, dict)]
-    done = outcome.last("token") == token and len(found) == count
-    if failure := outcome.last("failure"):
-        status, error = failure
-    elif first := next((said for said in found if isinstance(said, list)), None):
-        status, error = first
-    elif not done or outcome.reason != "ended":
+    first = next((said for said in found if said != 1), None)
+    if failure := outcome.last("failure") or first:
+        status, error = failure if isinstance(failure, list) and len(failure) == 2 else ("error", "")
+        status, error = status if status in FAILURES else "error", str(error)
+    elif outcome.reason != "ended" or outcome.last("token") != token or len(found) != count:
         status, error = outcome.failure()
     elif not outcome.last("asked"):
         status, error = "error", "the tests asked nothing of the candidate"
+    else:
+        status, error = "passed", ""
     held = sum(said == 1 for said in found[:count])
-    return Result(
-        status, status == "passed", held, count, outcome.seconds, outcome.output, error, trust
-    )
+    if status == "passed":
+        return Result("passed", True, count, count, outcome.seconds, outcome.output, "", trust)
+    return Result(status, False, held, count, outcome.seconds, outcome.output, error, trust)
 
 
 def program_tasks(code, tests, timeout, memory_mb):
@@ -209,7 +212,7 @@ def program_tasks(code, tests, timeout, memory_mb):
             stdout = stdout or outcome.output[: walls.KEEP_OUTPUT]
             now = "passed", ""
             if failure := outcome.last("failure"):
-                now = failure
+                now = failure if failure[0] in FAILURES else ("error", failure[1])
             elif outcome.reason != "ended" or outcome.exit_status:
                 now = outcome.failure()
             elif not judge.same_output(test["output"], outcome.output):
@@ -884,8 +887,6 @@ VERDICT = ("actual_score", "passed_tests", "total_tests", "status", "trust")
 
 def score_file(args):
     """Append each sample with its verdict to the output, in order; go on behind those that an earlier run has left."""
-    from tqdm import tqdm
-
     text = (str, type(None))
     fields = {
         "task_id": (str, int),
@@ -911,26 +912,14 @@ def score_file(args):
     if not jobs:
         return
     try:
-        out = open(args.output, "a", encoding="utf-8")
+        out = open(args.output, "a", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         fail(f"{args.output}: cannot be written ({error})")
-    with (
-        out,
-        tqdm(
-            total=len(samples), initial=start, unit="program", mininterval=1, dynamic_ncols=True
-        ) as bar,
-    ):
+    with out, progress_bar(len(jobs), "sandbox") as bar:
         out.truncate(end)
 
         def on_result(index, result):
-            values = (
-                float(result.passed),
-                result.passed_tests,
-                result.total_tests,
-                result.status,
-                result.trust,
-            )
-            out.write(json.dumps(samples[start + index] | dict(zip(VERDICT, values))) + "\n")
+            out.write(json.dumps(samples[start + index] | verdict(result)) + "\n")
             out.flush()
             bar.update()
 
@@ -940,7 +929,8 @@ def score_file(args):
 def scored_already(path, samples):
     """How many samples an earlier run has written, and the size of their lines; a file of anything else is left as it is."""
     count, size = 0, 0
-    for line in open(path, "rb") if os.path.exists(path) else []:
+    lines = Path(path).read_bytes().splitlines(keepends=True) if os.path.exists(path) else []
+    for line in lines:
         if not line.endswith(b"\n"):
             break  # cut off: written again
         try:
