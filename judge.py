@@ -880,7 +880,9 @@ def why_one_process(nodes, names, bound):
             case ast.Compare(left=left, ops=ops, comparators=right):
                 if any(isinstance(op, (ast.Is, ast.IsNot)) for op in ops):
                     sides = [left, *right]
-                    theirs = [side for side in sides if isinstance(side, ast.Name) and side.id in names]
+                    theirs = [
+                        side for side in sides if isinstance(side, ast.Name) and side.id in names
+                    ]
                     if theirs or not any(map(is_constant, sides)):
                         return "compare identities"
             case ast.List(elts=elements) | ast.Tuple(elts=elements) | ast.Call(args=elements):
@@ -1074,7 +1076,12 @@ def rehearse(times=20):
     """Play J, U and both in one, in Z: or each fork would be the first to run this code, which costs a millisecond and
     fifty pages that it does not share."""
     code = "def f(x):\n    return [x]\n"
-    job = plan("", ("assert f(1) == [1]",) * 8, "f") | {"code": code, "seed": "", "token": "", "why": ""}
+    job = plan("", ("assert f(1) == [1]",) * 8, "f") | {
+        "code": code,
+        "seed": "",
+        "token": "",
+        "why": "",
+    }
     data = marshal.dumps(job)
     for play_judge in (True, False):
         jobs = [(socket.socketpair(), socket.socketpair()) for _ in range(times)]

@@ -31,6 +31,7 @@ import marshal
 import os
 import re
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -148,7 +149,16 @@ def statement_tasks(code, tests, setup, entry_point, timeout, memory_mb, trust):
             raise ValueError("there are no tests")
         code.encode()  # half a surrogate pair is no program
     except Exception as error:
-        return Result("error", False, 0, count, 0.0, "", f"the tests do not compile or are refused: {error}", "split")
+        return Result(
+            "error",
+            False,
+            0,
+            count,
+            0.0,
+            "",
+            f"the tests do not compile or are refused: {error}",
+            "split",
+        )
     why, lost = plan["why"], 0
     seed = repr((setup, tests))
     while True:
@@ -177,7 +187,9 @@ def result_of(outcome, count, token, trust):
     found = [said for said in outcome.said if not isinstance(said, dict)]
     first = next((said for said in found if said != 1), None)
     if failure := outcome.last("failure") or first:
-        status, error = failure if isinstance(failure, list) and len(failure) == 2 else ("error", "")
+        status, error = (
+            failure if isinstance(failure, list) and len(failure) == 2 else ("error", "")
+        )
         status, error = status if status in FAILURES else "error", str(error)
     elif outcome.reason != "ended" or outcome.last("token") != token or len(found) != count:
         status, error = outcome.failure()
@@ -252,7 +264,7 @@ class Outcome:
             return "error", "the worker died three times"
         if self.reason in ("timeout", "output"):
             return self.reason, f"{'time' if self.reason == 'timeout' else 'output'} limit reached"
-        if os.WIFSIGNALED(self.judge_status) and self.exit_status_is_a_kill():
+        if self.judge_status == signal.SIGXCPU:
             return "timeout", "the tests took too long over the candidate's values"
         if os.WIFSIGNALED(self.exit_status):
             return "error", f"ended by signal {os.WTERMSIG(self.exit_status)}"
@@ -260,9 +272,6 @@ class Outcome:
             "error",
             f"ended with exit code {os.WEXITSTATUS(self.exit_status)} before its tests were done",
         )
-
-    def exit_status_is_a_kill(self):
-        return os.WIFSIGNALED(self.exit_status) and os.WTERMSIG(self.exit_status) == 9
 
 
 MISSING = None  # walls that this machine does not have, found out once by trying

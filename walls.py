@@ -277,7 +277,8 @@ def serve(control, namespaces, site, cores):
     """All of S. `control` is the number of the socket to the caller; raises OSError where `namespaces` do not work."""
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, cores)  # only slower without
-    control = socket.socket(fileno=control)
+    control, high = socket.socket(fileno=os.dup(control)), control  # a low number: U closes those
+    os.close(high)
     paths = library(site)
     if namespaces:
         enter_namespaces()
@@ -302,32 +303,31 @@ def serve(control, namespaces, site, cores):
         ours.sendall(b"!")
     os.waitpid(pid, 0)
     if not namespaces:
-        renew(scratch, namespaces)
-        os.rmdir(scratch)
+        remove(os.path.dirname(scratch))
 
 
 def renew(scratch, namespaces):
     """Make the scratch empty and new, times and counts of its file system too."""
     if namespaces:
         libc("umount2", scratch.encode(), DETACH)
-        mount(
-            "tmpfs",
-            scratch,
-            "tmpfs",
-            NO_SETUID | NO_DEVICES,
-            f"mode=1777,size={SCRATCH_MB}m,nr_inodes=4096",
-        )
+        size = f"mode=1777,size={SCRATCH_MB}m,nr_inodes=4096"
+        mount("tmpfs", scratch, "tmpfs", NO_SETUID | NO_DEVICES, size)
         return
-    for folder, names, _ in os.walk(scratch):  # from the top, before it lists what is in them
-        for path in [folder, *(os.path.join(folder, name) for name in names)]:
-            with contextlib.suppress(OSError):
-                if not os.path.islink(path):
-                    os.chmod(path, 0o700)
-    import shutil
-
-    shutil.rmtree(scratch, ignore_errors=True)
+    for name in os.listdir(os.path.dirname(scratch)):
+        remove(os.path.join(os.path.dirname(scratch), name))
     os.mkdir(scratch)
     os.chmod(scratch, 0o1777)
+
+
+def remove(folder):
+    """Remove a folder, also where a program has closed it to all."""
+    import shutil
+
+    for place, names, _ in os.walk(folder):  # from the top, before it lists what is in them
+        for path in [place, *(os.path.join(place, name) for name in names)]:
+            if not os.path.islink(path):
+                os.chmod(path, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- Z: forks J and U for each job, and ends them
@@ -371,9 +371,7 @@ def take_on_walls(paths, scratch, namespaces):
         None,
     )
     with contextlib.suppress(OSError):
-        layers["landlock"], rules = landlock(
-            paths, ["/scratch" if namespaces else scratch, "/dev/null"]
-        )
+        layers["landlock"], rules = landlock(paths, [os.path.dirname(scratch), "/dev/null"])
     with contextlib.suppress(OSError):
         filter_system_calls(REFUSED.values())
         layers["seccomp"] = True
@@ -407,14 +405,8 @@ def serve_jobs(control, keeper, paths, scratch, namespaces):
 def scratch_state(scratch):
     """Changes with everything that a program could leave in the scratch for the next one to see."""
     with contextlib.suppress(OSError):
-        found = os.stat(scratch)
-        return (
-            os.listdir(scratch),
-            found.st_mode,
-            found.st_ino,
-            found.st_mtime_ns,
-            found.st_ctime_ns,
-        )
+        places = [os.stat(place) for place in (scratch, os.path.dirname(scratch))]
+        return os.listdir(scratch), [(p.st_mode, p.st_mtime_ns, p.st_ctime_ns) for p in places]
 
 
 class Job:
@@ -487,7 +479,8 @@ class Job:
                 start = fd + 1
             os.closerange(start, OPEN_FILES)
             os.chdir("/" if is_judge else self.scratch)
-            set_limit(resource.RLIMIT_CPU, int(self.cpu) + 2)
+            seconds = int(self.cpu) + 2
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
             set_limit(resource.RLIMIT_AS, (JUDGE_MB if is_judge else self.memory_mb) << 20)
             if not is_judge:
                 gc.enable()

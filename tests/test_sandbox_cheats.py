@@ -854,7 +854,7 @@ def test_each_guard_is_needed(guard, tmp_path):
 
 
 def test_without_a_session_of_its_own_a_program_ends_its_helpers(tmp_path):
-    job = dict(code="import os, signal\nos.kill(0, signal.SIGKILL)", tests=["pass"])
+    job = dict(code="import os, signal\nos.kill(0, signal.SIGKILL)", tests=["import solution"])
     assert "signal 9" in sandbox.run(**job).error
     tmp_path.chmod(0o755)
     weak = weakened(

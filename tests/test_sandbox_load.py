@@ -112,7 +112,7 @@ def test_results_come_in_input_order():
 
 def test_a_program_too_large_to_send_is_its_own_error():
     jobs = [
-        dict(code=code, tests=["pass"])
+        dict(code=code, tests=["import solution"])
         for code in ("x = 1", "#" * (17 << 20), "x = 3", "#" * (17 << 20))
     ]
     told = []
@@ -266,7 +266,7 @@ def test_each_helper_has_a_core_of_its_own_as_long_as_there_are_any():
     first, second = sorted(held)[:2]
     job = dict(
         code="import os, time\nprint(sorted(os.sched_getaffinity(0)))\ntime.sleep(0.5)",
-        tests=["pass"],
+        tests=["import solution"],
     )
     where = lambda: sorted(r.stdout.strip() for r in sandbox.run_many([job] * 3, workers=3))
     try:
@@ -514,7 +514,7 @@ def test_cli_overwrites_nothing_of_others(tmp_path):
 
 
 def test_cli_stopped_by_ctrl_c_keeps_what_it_has(tmp_path):
-    slow = {"task_id": "s", "tests": ["pass"], "prefix": "", "entry_point": None}
+    slow = {"task_id": "s", "tests": ["import solution"], "prefix": "", "entry_point": None}
     problems = write(tmp_path / "p.jsonl", [slow])
     samples = write(
         tmp_path / "s.jsonl",
