@@ -381,11 +381,14 @@ class Worker:
         return Outcome(*report, said)
 
     def end(self):
-        """End the worker: Z and its children go with S."""
+        """End the worker: Z sees that its caller has gone, and S that Z has."""
         for thing in (self.reports, self.control, self.core):
             thing.close()
-        self.process.kill()
-        return self.process.wait()
+        try:
+            self.process.wait(1)  # S removes its scratch
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 # A wall, and a program that gets to its end only where that wall is missing.

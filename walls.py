@@ -285,8 +285,9 @@ def serve(control, namespaces, site, cores):
         make_root([*paths, "/dev/null"])
         scratch = "/scratch/tmp"
     else:
-        scratch = f"{'/dev/shm' if os.access('/dev/shm', os.W_OK) else '/tmp'}/sandbox-{os.urandom(6).hex()}"
-        os.mkdir(scratch)
+        place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
+        scratch = f"{place}/sandbox-{os.urandom(6).hex()}/tmp"
+        os.makedirs(scratch)
     renew(scratch, namespaces)
     ours, theirs = socket.socketpair()
     pid = os.fork()
@@ -485,7 +486,7 @@ class Job:
             if not is_judge:
                 gc.enable()
             os._exit(action(self.size, *lines) or 0)
-        except (EOFError, OSError):
+        except (EOFError, ConnectionError):
             os._exit(0)  # the other side has gone
         except BaseException:
             sys.excepthook(*sys.exc_info())

@@ -1,6 +1,7 @@
 """Programs that want a pass without earning it.  Each gets one from the weak form named beside it, and none from the sandbox."""
 
 import os
+import time
 
 import pytest
 import sandbox
@@ -571,23 +572,25 @@ FORGED = {
     "a line without an end": "while 1: say(b'[0, ' + b'1, ' * 10000)",
     "half a message": "say(b'[0, \"v\"')",
     "deep nesting": "say(b'[' * 200000 + b'\\n')",
-    "an unknown tag": "say(frame([0, 'v', {'add': {'wat': 1}}]))",
-    "a code object": "say(frame([0, 'v', {'add': {'builtin': 'exec'}}]))",
-    "a module": "say(frame([0, 'v', {'add': {'module': 'os'}, 'os': {'module': 'os'}}]))",
-    "a handle to nothing": "say(frame([0, 'v', {'add': {'h': 'g:nothing'}}]))",
-    "a handle that is no string": "say(frame([0, 'v', {'add': {'h': [1]}}]))",
-    "two tags": "say(frame([0, 'v', {'add': {'tuple': [], 'list': []}}]))",
-    "replies before the question": "say(b''.join(frame([n, 'v', 0]) for n in range(100)))",
+    "an unknown tag": "say(frame([0, None]) + frame([1, 'value', {'wat': 1}]) + frame([2, 'value', {'wat': 1}]))",
+    "a code object": "say(frame([0, None]) + frame([1, 'value', {'builtin': 'exec'}]) + frame([2, 'value', {'builtin': 'exec'}]))",
+    "a module": "say(frame([0, None]) + frame([1, 'value', {'module': 'os'}, 'os': {'module': 'os'}]) + frame([2, 'value', {'module': 'os'}, 'os': {'module': 'os'}]))",
+    "a handle to nothing": "say(frame([0, None]) + frame([1, 'value', {'h': 'g:nothing'}]) + frame([2, 'value', {'h': 'g:nothing'}]))",
+    "a handle that is no string": "say(frame([0, None]) + frame([1, 'value', {'h': [1]}]) + frame([2, 'value', {'h': [1]}]))",
+    "two tags": "say(frame([0, None]) + frame([1, 'value', {'tuple': [], 'list': []}]) + frame([2, 'value', {'tuple': [], 'list': []}]))",
+    "replies before the question": "say(frame([0, None]) + b''.join(frame([n, 'value', 0]) for n in range(100)))",
+    "a failure that is a pass": "say(frame([0, ['passed', '']]))",
+    "a failure that is a number": "say(frame([0, 1]))",
     "null": "say(frame(None))",
-    "nan for a length": "say(frame([0, 'v', {'add': {'collections.deque': [[], float('nan')]}}]))",
+    "nan for a length": "say(frame([0, None]) + frame([1, 'value', {'collections.deque': [[], float('nan')]}]) + frame([2, 'value', {'collections.deque': [[], float('nan')]}]))",
     "a number of 5000 digits": "say(struct.pack('<I', 5008) + b'[0,\"v\",' + b'9' * 5000 + b']')",
     "an end of the connection": "for n in range(3, 64):\n    try: socket.socket(fileno=n).shutdown(2)\n    except OSError: pass",
-    "a flood": "while 1: say(frame([99, 'v', 0]) * 1000)",
-    "builtins by name": "say(frame([0, 'v', {'add': {'builtin': 'bool'}, 'len': {'builtin': 'int'}}]))",
-    "a false exception": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'x', ['BaseException', 'SystemExit'], '']) + frame([2, 'x', ['KeyboardInterrupt'], 'y']))",
-    "a builtin as an exception": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'x', ['eval', 'exec', 'print'], '1 / 0']))",
-    "a factory in a dict": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'v', {'collections.defaultdict': [{'h': 'g:add'}, {'dict': [[]]}]}]))",
-    "malformed changes": "say(frame([0, 'v', {'add': {'h': 'g:add'}}]) + frame([1, 'v', 0, 5, 5]) + frame([2, 'v', 0, [], []]))",
+    "a flood": "while 1: say(frame([99, 'value', 0]) * 1000)",
+    "builtins by name": "say(frame([0, None]) + frame([1, 'value', {'builtin': 'bool'}, 'len': {'builtin': 'int'}]) + frame([2, 'value', {'builtin': 'bool'}, 'len': {'builtin': 'int'}]))",
+    "a false exception": "say(frame([0, None]) + frame([1, 'error', 'E', ['BaseException', 'SystemExit'], '']) + frame([2, 'error', 'K', ['KeyboardInterrupt'], 'y']))",
+    "a builtin as an exception": "say(frame([0, None]) + frame([1, 'error', 'eval', ['eval', 'exec', 'print'], '1 / 0']))",
+    "a factory in a dict": "say(frame([0, None]) + frame([1, 'value', {'collections.defaultdict': [{'h': 'g:add'}, {'dict': [[]]}]}]))",
+    "malformed changes": "say(frame([0, None]) + frame([1, 'value', 0, 5, 5]) + frame([2, 'value', 0, [], []]))",
 }
 
 
@@ -602,104 +605,118 @@ def test_forged_messages_are_only_data(name):
     assert good.passed, good
 
 
-READ_AHEAD = """import json, sys
-def enc(s):
-    frame = sys._getframe()
-    while frame:
-        if "stream" in frame.f_locals:
-            for line in frame.f_locals["stream"].peek().split(b"\\n"):
-                try: op, args, kwargs = json.loads(line)[2]
-                except ValueError: continue
-                if args[0] == {"h": "g:dec"}: return args[1]
-        frame = frame.f_back
-def dec(s): return "ab"
-"""
+# ---- each guard is needed: with it the attack fails, in a copy of the sandbox without it the attack gets through
 
-
-# ---- each guard is needed: with it the attack fails, in a copy of sandbox.py without it the attack gets through
-
-GUARDS = {  # guard: (text in sandbox.py, what stands there instead, the candidate, the tests, other arguments, what a broken guard shows)
+READY = "say(frame([0, None]) + "
+# guard: (its text, what stands there instead, the candidate, the tests, other arguments)
+GUARDS = {
     "the token of one process": (
-        "if reply[1] != token: found.clear()",
-        "",
-        FIND + "say(frame([0, 'passed', '', '0' * 32]) * 2)\ndef add(a, b): return 0",
+        'outcome.last("token") != token',
+        "0",
+        FIND + "say(b'1\\n1\\n{\"asked\": 1}\\n')\nimport os\nos._exit(0)",
         ADD,
         dict(trust="in_process"),
     ),
-    "named builtins are types": (
-        "(isinstance(found := getattr(builtins, parts), type) or found is ...)",
-        "(found := getattr(builtins, parts))",
-        FIND + "say(frame([0, 'v', {'f': {'builtin': 'sum'}}]))\nf = 0",
-        ["assert f([1, 2]) == 3"],
-        {},
-    ),
-    "tags are in the table": (
-        '    if tag not in SHAPES: raise ValueError("no such type")\n',
-        "",
-        FIND + "say(frame([0, 'v', {'f': {'builtins.eval': ['lambda *a: 3']}}]))\nf = 0",
-        ["assert f([1, 2]) == 3"],
-        {},
-    ),
-    "only exceptions are raised in the candidate's words": (
-        "if not isinstance(kind, type) or not issubclass(kind, Exception): continue",
-        "pass",
-        FIND
-        + "say(frame([0, 'v', {'f': {'h': 'g:f'}}]) + frame([1, 'x', ['exec'], 'import sys\\nf = sys._getframe()\\nwhile f.f_code.co_filename != \\'tests.py\\': f = f.f_back\\nf.f_globals[\\'f\\'] = lambda x: 3']))\ndef f(x): return 0",
-        ["try: f(0)\nexcept Exception: pass\nassert f(1) == 3"],
-        {},
-    ),
-    "replies have the number of their request": (
-        " and reply[0] == number: return",
-        ": return",
-        FIND + "say(frame([7, 'v', {'f': {'h': 'g:f'}}]) + frame([8, 'v', 3]))\ndef f(x): return 0",
+    "a failure is no pass": (
+        'status if status in FAILURES else "error"',
+        "status",
+        FIND + "say(frame([0, ['passed', '']]))\ndef f(x): return 0",
         ["assert f(1) == 3"],
         {},
     ),
-    "the end of U, hidden by an except": (
-        "if gone(): return",
-        "if 0: return",
-        "import os\ndef f(x): os._exit(0)",
-        ["try: f(1)\nexcept: pass"],
+    "named builtins are types": (
+        "isinstance(found := getattr(builtins, parts), type) or found is ...",
+        "found := getattr(builtins, parts)",
+        FIND + READY + "frame([1, 'value', {'builtin': 'sum'}]))\nf = 0",
+        ["assert f()([1, 2]) == 3"],
+        {},
+    ),
+    "tags are in the table": (
+        "    if tag not in SHAPES:",
+        "    if 0:",
+        FIND + READY + "frame([1, 'value', {'builtins.eval': ['lambda *a: 3']}]))\nf = 0",
+        ["assert f()([1, 2]) == 3"],
+        {},
+    ),
+    "replies have the number of their request": (
+        " and reply[0] == self.number:",
+        ":",
+        FIND + READY + "frame([8, 'value', 3]))\ndef f(x): return 0",
+        ["assert f(1) == 3"],
         {},
     ),
     "no equality with plain data": (
-        "return type(x) is Proxy and (self._key == x._key or self._remote",
-        "return (type(x) is Proxy and self._key == x._key or self._remote",
+        "return type(x) is Proxy and (self._key == x._key or",
+        "return (type(x) is Proxy and self._key == x._key or",
         "class L:\n    __eq__ = lambda s, o: True\ndef f(x): return L()",
         ["assert f(1) == 3"],
         {},
     ),
-    "no data from operators with plain values": (
-        "if plain or any(type(x) is Proxy and x._mixed for x in (self, *args)):",
-        "if False:",
-        SMALL,
-        ["assert abs(f(1) + -3.5) < 1e-6"],
-        {},
-    ),
-    "no difference from a plain value": (
-        'WITH_PLAIN = ["add", ',
-        'WITH_PLAIN = ["sub", "add", ',
+    "no operators with plain values": (
+        'not (self._under_test and action in ("add", "mul", "truediv"))',
+        "False",
         SMALL.replace("__sub__ =", "days = 0; __sub__ ="),
         ["assert (f(1) - 3).days == 0"],
         {},
     ),
+    "no numbers that are objects": (
+        "if under_test and not self._under_test:",
+        "if 0:",
+        "class L:\n    __float__ = lambda s, v=[3.0, 7.0]: v.pop(0)\nx = L()\ndef f(n): return x",
+        ["x = f(1)\nassert float(x) == 3 and float(x) == 7"],
+        {},
+    ),
     "no verdicts by method": (
-        "if name in VERDICTS or ",
-        "if ",
-        "class L:\n    startswith = lambda s, x: True\ndef f(x): return L()",
-        ["assert f(1).startswith('a')"],
+        'name.startswith(("is", "starts", "ends"))',
+        "0",
+        "class L:\n    isdigit = lambda s: True\ndef f(x): return L()",
+        ["assert f(1).isdigit()"],
+        {},
+    ),
+    "no expected values to methods of data": (
+        "name in DATA_METHODS and (args or kwargs)",
+        "0",
+        "class L:\n    difference = lambda s, x: set()\ndef f(x): return L()",
+        ["assert f(1).difference({48611}) == set()"],
+        {},
+    ),
+    "no library asks objects": (
+        'co_filename != "tests.py"',
+        'co_filename == ""',
+        "class Bag:\n    difference = lambda s, x: set()\n    __iter__ = lambda s: iter([])\nclass L:\n    difference = lambda s, x: set()",
+        [
+            "import unittest\nclass T(unittest.TestCase):\n    def test_it(self):\n"
+            "        class E(set): difference = lambda s, x: set()\n"
+            "        self.assertSetEqual(L(), {48611})".replace(
+                "        class E(set): difference = lambda s, x: set()\n", ""
+            ).replace("{48611}", "Bag()")
+        ],
+        dict(entry_point="L"),
+    ),
+    "no StopIteration but from next": (
+        'issubclass(kind, StopIteration) and action != "next"',
+        "0",
+        "def f(x): raise StopIteration",
+        ["assert all(map(f, [1, 2, 3]))"],
+        {},
+    ),
+    "a length is what iteration yields": (
+        "self._remote.lengths.setdefault(self._key, length) != length",
+        "0",
+        "class L:\n    __len__ = lambda s: 3\n    __iter__ = lambda s: iter([])\ndef f(x): return L()",
+        ["x = f(1)\nassert len(x) == 3 and all(a == b for a, b in zip(x, [1, 2, 3]))"],
         {},
     ),
     "no membership by the candidate": (
-        "any(item == v for v in iter(self))",
-        'self._remote.ask("contains", self, item)',
+        "        if self._under_test:\n            return self._remote.ask(",
+        "        if True:\n            return self._remote.ask(",
         "class L:\n    __contains__ = lambda s, x: True\ndef f(x): return L()",
         ["assert 3 in f(1)"],
         {},
     ),
     "names hide no builtin": (
-        " if not hasattr(builtins, n)}",
-        "}",
+        "if not hasattr(builtins, n) and",
+        "if",
         "len = lambda x: 3\ndef f(x): return [0]",
         ["assert len(f(1)) == 3"],
         {},
@@ -711,109 +728,120 @@ GUARDS = {  # guard: (text in sandbox.py, what stands there instead, the candida
         ["assert isclose(f(1), 3)"],
         {},
     ),
-    "a missing function is not a builtin": (
-        "if n != entry_point}}",
-        "}}",
-        "pass",
-        ["assert sum([1, 2]) == 3"],
-        dict(entry_point="sum"),
-    ),
     "a bare check is called": (
-        "if entry_point and not re.search(",
-        "if 0 and not re.search(",
+        "        call_what_nobody_calls(trees, entry_point)\n",
+        "",
         "def f(x): return 0",
-        ["def check(candidate):\n    assert candidate(1) == 2"],
+        ["def check(candidate):\n    assert candidate(1) == 2", "assert f(1) == 0"],
         {},
     ),
     "no narrow floats of numpy": (
-        "return x if not wide or",
-        "return x if 1 or",
-        "import numpy as np\nA = [np.float16('inf'), np.float16(2 * 3.1415926 * 10), np.array([np.inf], 'float16')]\ndef f(n): return A[n]",
-        ["assert f(0) == 10**30", "assert f(1) == 62.830000000000005", "assert f(2) == 70000"],
+        "    if not wide:",
+        "    if 1:",
+        "import numpy as np\nA = [np.float16('inf'), np.float16(2 * 3.1415926 * 10), np.array([np.inf, np.inf], 'float16')]\ndef f(n): return A[n]",
+        [
+            "assert f(0) == 10**30",
+            "assert f(1) == 62.830000000000005",
+            "assert (f(2) == 70000).all()",
+        ],
         dict(timeout=10.0, memory_mb=2048),
     ),  # MBPP/139
-    "no answer in the requests that went ahead": (
-        "if len(kinds) > 1: raise",
-        "if 0: raise",
-        READ_AHEAD,
-        ["assert enc('ab') == 'cd'", "assert dec('cd') == 'ab'"],
-        dict(entry_point="enc", timeout=0.2),
-    ),
     "random inputs that nobody can foretell": (
-        '__import__("random").seed(seed)',
-        '__import__("random").seed(0)',
+        "seed = repr((setup, tests))",
+        "seed = 0",
         "import random\nR = random.Random(0)\ndef f(code): return R.randint(1, 10**6)",
         [
             "import random\nfor _ in range(5):\n    n = random.randint(1, 10**6)\n    assert f(n * n % 1000003) == n"
         ],
         {},
     ),  # HumanEval/38
+    "a question": (
+        'elif not outcome.last("asked"):',
+        "elif 0:",
+        "def f(x): return 1",
+        ["for i in []: assert f(i) == 3"],
+        {},
+    ),
+    "a test that says nothing": (
+        "            refuse_empty(tree)\n",
+        "            pass\n",
+        "def f(x): return 1",
+        ["f(1) == 3", "assert f(1)"],
+        {},
+    ),
     "memory": (
-        ", limit(resource.RLIMIT_AS, memory << 20)",
-        "",
+        "set_limit(resource.RLIMIT_AS, (JUDGE_MB if is_judge else self.memory_mb) << 20)",
+        "pass",
         "x = bytearray(300 << 20)\ndef f(x): return 1",
         ["assert f(1) == 1"],
         dict(memory_mb=128),
     ),
     "number of processes": (
-        "if os.getuid(): limit(resource.RLIMIT_NPROC",
-        "if 0: limit(resource.RLIMIT_NPROC",
+        "set_limit(resource.RLIMIT_NPROC, processes)",
+        "pass",
         "import os, time\nfor _ in range(300):\n    if os.fork() == 0: time.sleep(9)\ndef f(x): return 1",
         ["assert f(1) == 1"],
         {},
     ),
     "open files": (
-        ", limit(resource.RLIMIT_NOFILE, 256)",
-        "",
+        "OPEN_FILES = 128",
+        "OPEN_FILES = 1024",
         "k = [open('/dev/null') for _ in range(600)]\ndef f(x): return 1",
         ["assert f(1) == 1"],
         {},
     ),
     "size of a file": (
-        "limit(resource.RLIMIT_FSIZE, 64 << 20), ",
-        "",
+        "set_limit(resource.RLIMIT_FSIZE, SCRATCH_MB << 20)",
+        "pass",
         "import os\nos.truncate(os.open('x', os.O_CREAT | os.O_RDWR), 1 << 30)\ndef f(x): return 1",
         ["assert f(1) == 1"],
         {},
     ),
     "output": (
-        'if total > MAX_OUTPUT: return "output", text',
-        "pass",
+        "if total > MAX_OUTPUT:",
+        "if 0:",
         "import os\nfor _ in range(100): os.write(1, b'x' * (1 << 20))\ndef f(x): return 1",
         ["assert f(1) == 1"],
         dict(timeout=20.0),
     ),
-    "seconds of CPU": (
-        "left = min(cpu - time.clock_gettime(clock), ",
-        "left = min(9, ",
-        "import time\nwhile time.process_time() < 0.5: pass\ndef f(x): return 1",
-        ["assert f(1) == 1"],
-        dict(timeout=0.2),
-    ),
     "time asleep": (
-        "start + 3 * cpu + 2 - time.monotonic())",
-        "9)",
+        "start + 3 * self.cpu + 2 - time.monotonic()",
+        "9",
         "import time\ntime.sleep(2.5)\ndef f(x): return 1",
         ["assert f(1) == 1"],
         dict(timeout=0.1),
     ),
+    "the time of children": (
+        "seconds > self.cpu",
+        "0",
+        "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n        while time.process_time() < 0.2: pass\n        os._exit(0)\n    os.wait()\ndef f(x): return 1",
+        ["assert f(1) == 1"],
+        dict(timeout=0.4),
+    ),
     "no root's rights": (
-        "    if uid == 0: ",
-        "    if 0: ",
+        "    if os.getuid() == 0:\n        become_own_user()\n",
+        "    if 0:\n        pass\n",
         "import os\nassert os.getuid() == 0\ndef f(x): return 1",
         ["assert f(1) == 1"],
         {},
     ),
     "network by seccomp": (
-        "try: filter_syscalls(DENIED.values()); seccomp = True",
-        "try: pass",
+        "filter_system_calls(REFUSED.values())",
+        "pass",
         "import socket\nsocket.socket(socket.AF_UNIX)\ndef f(x): return 1",
         ["assert f(1) == 1"],
         {},
     ),
+    "no sockets that reach the host's": (
+        "op(mask, 15), op(equal, 1, 1, 0)",
+        "op(mask, 0), op(equal, 0, 1, 0)",
+        "import socket\nsocket.socketpair(type=socket.SOCK_DGRAM)\ndef f(x): return 1",
+        ["assert f(1) == 1"],
+        {},
+    ),
     "a scratch of its own": (
-        "if not clean: ",
-        "if 0: ",
+        "if scratch_state(scratch) != empty:",
+        "if 0:",
         "import os\nseen = os.path.exists('left')\nopen('left', 'w')\ndef f(x): return seen",
         ["assert f(1)"],
         {},
@@ -859,12 +887,17 @@ def test_without_a_session_of_its_own_a_program_ends_its_helpers(tmp_path):
     tmp_path.chmod(0o755)
     weak = weakened(
         tmp_path,
-        ("os.setsid()                            #", "#"),
-        ("    if uid == 0: ", "    if 0: "),  # the same user, without
-        ("try: abi, ruleset = landlock(", "try: 0 and landlock("),
-    )  # Landlock's own scope
+        ("            os.setsid()  #", "            #"),
+        (
+            "    if os.getuid() == 0:\n        become_own_user()\n",
+            "    if 0:\n        pass\n",
+        ),  # the same user, without
+        ("libc(LANDLOCK_CREATE, None, 0, 1)", "libc(-1)"),  # Landlock's own scope
+    )
     try:
-        assert "helpers died" in weak.run(**job).error
+        error = weak.run(**job).error
+        time.sleep(0.3)
+        assert "worker died" in error or weak.IDLE[0].process.poll() is not None, error
     finally:
         weak.close()
 
@@ -872,7 +905,7 @@ def test_without_a_session_of_its_own_a_program_ends_its_helpers(tmp_path):
 def test_all_cheats_without_namespaces(monkeypatch):
     """Where there are no namespaces at all (Landlock, seccomp and the process group alone) no cheat gets a pass either."""
     sandbox.close()
-    monkeypatch.setattr(sandbox, "MODES", sandbox.MODES[2:])
+    monkeypatch.setattr(sandbox.Worker, "namespaces", False)
     monkeypatch.setattr(sandbox, "MISSING", None)
     try:
         jobs = [
@@ -898,7 +931,7 @@ def test_all_cheats_without_namespaces(monkeypatch):
             for job, result in zip(jobs, sandbox.run_many(jobs, workers=2))
             if result.passed or result.trust != "split"
         ]
-        assert passed == [] and sandbox.IDLE[0].layers["mode"] == "no namespaces"
+        assert passed == [] and not sandbox.IDLE[0].layers["namespaces"]
         assert sandbox.run("def add(a, b): return a + b", ADD, entry_point="add").passed
     finally:
         sandbox.close()

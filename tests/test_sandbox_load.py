@@ -47,10 +47,15 @@ def children():
     return found - {os.getpid()}
 
 
+def copy_sandbox(folder):
+    for name in ("sandbox.py", "judge.py", "walls.py"):
+        os.chmod(shutil.copy(os.path.join(ROOT, name), folder), 0o644)
+
+
 def helpers(worker):
-    """Pids of T, P and Z, each the parent of the next."""
+    """Pids of S and Z, its child."""
     pids = [worker.process.pid]
-    while len(pids) < 3:
+    while len(pids) < 2:
         pids.append(int(open(f"/proc/{pids[-1]}/task/{pids[-1]}/children").read().split()[0]))
     return pids
 
@@ -110,19 +115,15 @@ def test_results_come_in_input_order():
     ] == list(range(40))
 
 
-def test_a_program_too_large_to_send_is_its_own_error():
-    jobs = [
-        dict(code=code, tests=["import solution"])
-        for code in ("x = 1", "#" * (17 << 20), "x = 3", "#" * (17 << 20))
-    ]
+def test_a_program_of_megabytes_is_a_program():
+    codes = ("x = 1", "#" * (17 << 20), "x = ", "#" * (17 << 20))
     told = []
-    results = sandbox.run_many(jobs, 1, lambda index, result: told.append((index, result.status)))
-    assert [r.status for r in results] == [
-        "passed",
-        "error",
-        "passed",
-        "error",
-    ] and "too large" in results[1].error
+    results = sandbox.run_many(
+        [dict(code=code, tests=["import solution"], timeout=9.0) for code in codes],
+        1,
+        lambda index, result: told.append((index, result.status)),
+    )
+    assert [r.status for r in results] == ["passed", "passed", "syntax", "passed"]
     assert told == list(enumerate(r.status for r in results))
 
 
@@ -141,7 +142,7 @@ def test_jobs_may_have_their_own_limits():
     assert sandbox.run_many([]) == []
 
 
-@pytest.mark.parametrize("role", ["T", "P", "Z"])
+@pytest.mark.parametrize("role", ["S", "Z"])
 def test_a_killed_helper_is_replaced_and_nothing_is_lost(role):
     jobs = [
         dict(
@@ -153,7 +154,7 @@ def test_a_killed_helper_is_replaced_and_nothing_is_lost(role):
     ]
     sandbox.run(**GOOD)
     worker = sandbox.IDLE[-1]
-    pids = dict(zip("TPZ", helpers(worker)))
+    pids = dict(zip("SZ", helpers(worker)))
     timer = threading.Timer(0.5, os.kill, (pids[role], signal.SIGKILL))
     timer.start()
     results = sandbox.run_many(jobs, workers=1)
@@ -168,7 +169,7 @@ def test_a_killed_helper_is_replaced_and_nothing_is_lost(role):
 
 
 def test_a_helper_that_died_while_idle_is_replaced():
-    for role in range(3):
+    for role in range(2):
         sandbox.run(**GOOD)
         os.kill(helpers(sandbox.IDLE[-1])[role], signal.SIGKILL)
         time.sleep(0.1)
@@ -188,7 +189,7 @@ def script(body, **options):
     )
 
 
-LOOP = "print(os.getpid(), flush=True)\nsandbox.run_many([dict(code='import time; time.sleep(0.3)', tests=['pass'], entry_point=None)] * 1000, workers=2)"
+LOOP = "print(os.getpid(), flush=True)\nsandbox.run_many([dict(code='import time; time.sleep(0.3)', tests=['import solution'], entry_point=None)] * 1000, workers=2)"
 
 
 def below(pid):
@@ -320,7 +321,7 @@ os.wait()"""
 
 def test_nothing_is_left_after_the_caller():
     process = script(
-        "sandbox.run_many([dict(code='open(\"a\", \"w\")', tests=['pass'])] * 20, workers=2); print(*[w.process.pid for w in sandbox.IDLE])"
+        "sandbox.run_many([dict(code='open(\"a\", \"w\")', tests=['import solution'])] * 20, workers=2); print(*[w.process.pid for w in sandbox.IDLE])"
     )
     out, err = process.communicate(timeout=60)
     assert len(out.split()) == 2 and gone(map(int, out.split()), 2) and process.returncode == 0
@@ -335,7 +336,7 @@ def test_torch_in_the_caller_makes_no_difference_to_the_helpers():
 def test_a_caller_of_a_gigabyte_changes_nothing():
     body = "x = bytearray(b'x') * (1 << 30)\nr = sandbox.run_many([dict(code='def f(): return 1', tests=['assert f() == 1'], entry_point='f')] * 30, workers=1)\nprint(sum(x.passed for x in r), sandbox.IDLE[0].process.pid == first)"
     body = body.replace(
-        "\nr =", "\nsandbox.run('', ['pass'])\nfirst = sandbox.IDLE[0].process.pid\nr ="
+        "\nr =", "\nsandbox.run('', ['import solution'])\nfirst = sandbox.IDLE[0].process.pid\nr ="
     )
     assert script(body).communicate(timeout=120)[0].split() == ["30", "True"]
 
@@ -345,7 +346,7 @@ def test_a_host_without_user_namespaces(flags):
     """In a namespace that allows no further ones: as its root, and as a user whom nothing is allowed. Slower walls, but walls, and no hanging."""
     body = (
         SCRIPT.format(root="/tmp/sandbox-host-%d" % os.getpid())
-        + "r = sandbox.run('def f(): return 1', ['assert f() == 1'], entry_point='f'); print(r.status, sandbox.MODES.index(sandbox.IDLE[0].layers['mode']), sandbox.MISSING)"
+        + "r = sandbox.run('def f(): return 1', ['assert f() == 1'], entry_point='f'); print(r.status, int(sandbox.IDLE[0].layers['namespaces']), sandbox.MISSING)"
     )
     if (
         not shutil.which("unshare")
@@ -359,7 +360,7 @@ def test_a_host_without_user_namespaces(flags):
     )  # one that the user may read
     os.makedirs("/tmp/sandbox-host-%d" % os.getpid(), exist_ok=True)
     try:
-        os.chmod(shutil.copy(sandbox.__file__, "/tmp/sandbox-host-%d" % os.getpid()), 0o644)
+        copy_sandbox("/tmp/sandbox-host-%d" % os.getpid())
         run = subprocess.run(
             [
                 "unshare",
@@ -374,7 +375,7 @@ def test_a_host_without_user_namespaces(flags):
             text=True,
             timeout=30,
         )
-        assert run.stdout.startswith("passed") and run.stdout.split()[1] in "12", run
+        assert run.stdout.startswith("passed") and run.stdout.split()[1] in "01", run
         assert not {
             "reading files outside",
             "writing files outside",
@@ -439,7 +440,7 @@ def test_cli_scores_a_file_and_goes_on_where_it_stopped(tmp_path):
         tmp_path / "o.jsonl",
     )
     run = cli(problems, samples, "-o", out, "--workers", 2)
-    assert run.returncode == 0 and "4/4" in run.stderr, run.stderr
+    assert run.returncode == 0, run.stderr
     whole = out.read_text()
     records = [json.loads(line) for line in whole.splitlines()]
     assert [
@@ -462,10 +463,10 @@ BAD = [
     ("p", [PROBLEMS[0], "[]\n"], "line 2", "object"),
     ("p", [{"task_id": "a"}], "line 1", "'tests'"),
     ("p", [PROBLEMS[0] | {"tests": "x"}], "line 1", "'tests'"),
-    ("p", [PROBLEMS[0] | {"tests": [1]}], "line 1", "'tests'"),
+    ("p", [PROBLEMS[0] | {"tests": [1]}], "task_id 'a'", "'tests'"),
     ("p", [PROBLEMS[0] | {"entry_point": 3}], "line 1", "'entry_point'"),
     ("p", [PROBLEMS[0], PROBLEMS[1], PROBLEMS[0]], "line 3", "'task_id'"),
-    ("s", [SAMPLES[0], {"task_id": "zz", "response": ""}], "line 2", "'task_id'"),
+    ("s", [SAMPLES[0], {"task_id": "zz", "response": ""}], "sample 2", "'task_id'"),
     ("s", [{"task_id": "a"}], "line 1", "'response'"),
     ("s", [SAMPLES[0], SAMPLES[1] | {"response": None}], "line 2", "'response'"),
     ("s", ["\xff"], "s.jsonl", "line 1"),
@@ -547,23 +548,22 @@ def test_cli_stopped_by_ctrl_c_keeps_what_it_has(tmp_path):
     assert 5 < len(lines) < 400 and all(json.loads(line)["status"] == "passed" for line in lines)
 
 
+def test_three_files_alone_are_enough(tmp_path):
+    """A copy in another folder needs nothing else: no other file of ours, no package."""
+    copy_sandbox(tmp_path)
+    body = "import sandbox; print(sandbox.run('def f(): return 1', ['assert f() == 1']).status)"
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", body], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.stdout == "passed\n", run.stderr
+
+
 def test_bench_prints_its_table():
-    run = cli("--bench", "nowhere", "--rounds", 1)
+    tool = os.path.join(ROOT, "tools", "sandbox_bench.py")
+    run = subprocess.run([sys.executable, tool, "nowhere", "1"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     for row in ("floor", "one process", "split", "fresh interpreter"):
         assert row in run.stdout
-
-
-def test_a_copy_of_the_file_alone_says_where_the_bench_is(tmp_path):
-    shutil.copy(sandbox.__file__, tmp_path)
-    run = subprocess.run(
-        [sys.executable, tmp_path / "sandbox.py", "--bench"], capture_output=True, text=True
-    )
-    assert (
-        run.returncode == 2
-        and len(run.stderr.splitlines()) == 1
-        and "tools/sandbox_bench.py" in run.stderr
-    )
 
 
 # ---- as an ordinary user
@@ -602,7 +602,7 @@ def test_all_of_it_as_an_ordinary_user(tmp_path_factory):
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder + "/tests"), os.makedirs(folder + "/lib")
     try:
-        shutil.copy(sandbox.__file__, folder)
+        copy_sandbox(folder)
         for name in os.listdir(os.path.join(ROOT, "tests")):
             if name.startswith(("test_sandbox_", "sandbox_peers")):
                 shutil.copy(os.path.join(ROOT, "tests", name), folder + "/tests")

@@ -15,8 +15,6 @@ import walls
 from sandbox_peers import plain, start
 
 
-
-
 def inside(code, function="f", **options):
     """What f() returns inside the sandbox: T receives it and puts it into the error."""
     result = sandbox.run(
@@ -153,7 +151,9 @@ def test_flags_and_modes_are_not_left_for_the_next():
     )
     assert noisy.passed, noisy
     for mode in (0o000, 0o500):
-        sandbox.run(f"import os\ntry: os.chmod('.', {mode})\nexcept OSError: pass", ["import solution"])
+        sandbox.run(
+            f"import os\ntry: os.chmod('.', {mode})\nexcept OSError: pass", ["import solution"]
+        )
         assert inside("def f(): return open('a', 'w').write('abc')") == 3
 
 
@@ -562,9 +562,15 @@ def test_tests_that_sleep_are_given_up():
 
 
 LEAKS = {
-    "a patched module": ("import math\nmath.leak = 1", "import math\nassert not hasattr(math, 'leak')"),
+    "a patched module": (
+        "import math\nmath.leak = 1",
+        "import math\nassert not hasattr(math, 'leak')",
+    ),
     "a patched builtin": ("__builtins__['abs'] = len", "assert abs(-3) == 3"),
-    "the recursion limit": ("import sys\nsys.setrecursionlimit(70)", "import sys\nassert sys.getrecursionlimit() == 1000"),
+    "the recursion limit": (
+        "import sys\nsys.setrecursionlimit(70)",
+        "import sys\nassert sys.getrecursionlimit() == 1000",
+    ),
     "the precision of decimals": (
         "from decimal import *\ngetcontext().prec = 2",
         "from decimal import Decimal\nassert str(Decimal(1) / 3) == '0.' + '3' * 28",
