@@ -341,16 +341,14 @@ def load_tokenizer(path, plain=False):
         tokenizer.chat_template = None
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": "QUESTION"}]
+        chat.append({"role": "assistant", "content": "RESPONSE"})
         try:
-            asked = tokenizer.apply_chat_template(chat, tokenize=False)
-            chat.append({"role": "assistant", "content": "RESPONSE"})
-            _, _, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(
-                "RESPONSE"
-            )
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
         except Exception as error:  # templates raise what they like
-            sandbox.fail(f"the chat template of {path} refuses a single user message ({error})")
-        if "QUESTION" not in asked:
+            sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
+        if "QUESTION" not in text:
             sandbox.fail(f"the chat template of {path} does not show the user's message")
+        behind = text.rpartition("RESPONSE")[2]
         special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
         closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
         if closing:

@@ -109,9 +109,7 @@ class Config:
     timeout: float = 1.0  # CPU seconds per program
     workers: int = 1  # sandbox processes, 0: one per core; they run while the models train
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
-    bf16: Literal["auto", "on", "off"] = (
-        "auto"  # bf16 autocast over float32 weights; auto: on a GPU
-    )
+    bf16: Literal["auto", "on", "off"] = "auto"  # autocast over float32 weights; auto: on a GPU
     lora_rank: int = 0  # train LoRA adapters of this rank (needs peft); 0: train all weights
     threads: int = 0  # PyTorch CPU threads, 0: PyTorch's choice
     seed: int = 0  # order of the prompts, sampling, filter, minibatches
@@ -328,10 +326,13 @@ def main(cfg):
         metrics, kl_coef = [{"iteration": 0, "validation_pass_at_1": best}], cfg.kl_coef
         (out / "rollouts").mkdir(parents=True)
         save_model(policy, tokenizer, out / "best")
-        save_state(out, cfg, learners, metrics, kl_coef, best)
+        save_state(out, cfg, learners, metrics=metrics, kl_coef=kl_coef, best=best)
         print(f"before training: validation pass@1 {best:.3f}, {time.time() - started:.0f} s")
     else:
-        metrics, kl_coef, best = restore_state(state, learners)
+        for name, (model, optimizer) in learners.items():
+            model.load_state_dict(state[name][0])
+            optimizer.load_state_dict(state[name][1])
+        metrics, kl_coef, best = state["metrics"], state["kl_coef"], state["best"]
         print(f"resuming {out} after iteration {metrics[-1]['iteration']}")
     background = ThreadPoolExecutor(1)
 
@@ -481,7 +482,7 @@ def main(cfg):
         metrics.append(line)
         sandbox.write_jsonl(out / "metrics.jsonl", metrics)
         if validating:
-            save_state(out, cfg, learners, metrics, kl_coef, best)
+            save_state(out, cfg, learners, metrics=metrics, kl_coef=kl_coef, best=best)
         print_line(line, started)
 
     save_model(policy, tokenizer, out / "last")
@@ -536,31 +537,13 @@ def load_state(cfg, out):
     return state
 
 
-def save_state(out, cfg, learners, metrics, kl_coef, best):
-    """Write state.pt: 12 bytes per trained parameter, and what the loop carries along."""
-    state = {
-        "config": dataclasses.asdict(cfg),
-        "metrics": metrics,
-        "kl_coef": kl_coef,
-        "best": best,
-        "optimizers": {name: opt.state_dict() for name, (_, opt) in learners.items()},
-        "weights": {
-            name: [p.detach() for p in model.parameters() if p.requires_grad]
-            for name, (model, _) in learners.items()
-        },
-    }
+def save_state(out, cfg, learners, **progress):
+    """Write state.pt, all that --resume needs: about 12 bytes per trained parameter."""
+    state = {"config": dataclasses.asdict(cfg), **progress}
+    for name, (model, optimizer) in learners.items():
+        state[name] = model.state_dict(), optimizer.state_dict()
     torch.save(state, out / "state.tmp")
     (out / "state.tmp").replace(out / "state.pt")
-
-
-def restore_state(state, learners):
-    """Put weights and optimiser states back in place -> metrics, kl_coef, best."""
-    for name, (model, optimizer) in learners.items():
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for parameter, saved in zip(trained, state["weights"][name], strict=True):
-            parameter.data.copy_(saved)
-        optimizer.load_state_dict(state["optimizers"][name])
-    return state["metrics"], state["kl_coef"], state["best"]
 
 
 def set_up(cfg):
@@ -604,16 +587,14 @@ def load_tokenizer(path, plain=False):
         tokenizer.chat_template = None
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": "QUESTION"}]
+        chat.append({"role": "assistant", "content": "RESPONSE"})
         try:
-            asked = tokenizer.apply_chat_template(chat, tokenize=False)
-            chat.append({"role": "assistant", "content": "RESPONSE"})
-            _, _, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(
-                "RESPONSE"
-            )
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
         except Exception as error:  # templates raise what they like
-            sandbox.fail(f"the chat template of {path} refuses a single user message ({error})")
-        if "QUESTION" not in asked:
+            sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
+        if "QUESTION" not in text:
             sandbox.fail(f"the chat template of {path} does not show the user's message")
+        behind = text.rpartition("RESPONSE")[2]
         special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
         closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
         if closing:
@@ -694,7 +675,7 @@ def load_models(cfg, tokenizer, device):
         reward_model.requires_grad_(False)
     for model in filter(None, (policy, critic)):
         if cfg.gradient_checkpointing:
-            unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
+            unwrapped(model).activation_checkpointing_enable()
         model.train()
     return [model and model.to(device) for model in (policy, reference, critic, reward_model)]
 

@@ -193,7 +193,7 @@ def main(cfg):
             print(f"{label}: greedy pass@1 {mean:.3f}, {time.time() - started:.0f} s", flush=True)
 
     # ---- save: the folder gets its name when all is in it
-    table = "\n".join(table_of(results, benchmark, cfg) for benchmark in benchmarks)
+    table = "\n".join(results_table(results, benchmark, cfg) for benchmark in benchmarks)
     print("\n" + table)
     part = Path(f"{out}.tmp")
     shutil.rmtree(part, ignore_errors=True)
@@ -287,16 +287,14 @@ def load_tokenizer(path, plain=False):
         tokenizer.chat_template = None
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": "QUESTION"}]
+        chat.append({"role": "assistant", "content": "RESPONSE"})
         try:
-            asked = tokenizer.apply_chat_template(chat, tokenize=False)
-            chat.append({"role": "assistant", "content": "RESPONSE"})
-            _, _, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(
-                "RESPONSE"
-            )
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
         except Exception as error:  # templates raise what they like
-            sandbox.fail(f"the chat template of {path} refuses a single user message ({error})")
-        if "QUESTION" not in asked:
+            sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
+        if "QUESTION" not in text:
             sandbox.fail(f"the chat template of {path} does not show the user's message")
+        behind = text.rpartition("RESPONSE")[2]
         special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
         closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
         if closing:
@@ -314,20 +312,21 @@ def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
     A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
-    others.
+    others. EOS and pad stand in the config, where other programs look for them.
     """
     check_folder(path)
     config = AutoConfig.from_pretrained(path, **options)
     for name, value in config.to_dict().items():  # every architecture has names of its own
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-    config.pad_token_id = tokenizer.pad_token_id
     model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
     rows = model.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
 
 
@@ -562,7 +561,7 @@ def score_responses(reward_model, sequences, batch_size, progress=None):
 # ----------------------------------------------------------------------------------------- report
 
 
-def table_of(results, benchmark, cfg):
+def results_table(results, benchmark, cfg):
     """The text of one benchmark's table: a row per policy, and its gain over the first one."""
     rows = [row for row in results if row["benchmark"] == benchmark]
     names = list(dict.fromkeys(n for row in rows for n in row if isinstance(row[n], dict)))

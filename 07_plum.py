@@ -14,7 +14,7 @@ trains on pairs of a passing and a failing response (arXiv 2406.06887):
 
 A small model must learn to write tests: before the first round it is fine-tuned on solutions and
 tests, mixed (the lesson). The result starts the policy, is the reference and writes all tests.
-An instruction-tuned model needs a request instead: --lesson_epochs 0 --ask $'Write five ...'
+An instruction-tuned model needs no lesson, only a request: see the second command.
 
 Reads data/tiny/ppo.jsonl, data/tiny/validation.jsonl, out/sft; for the lesson data/tiny/sft.jsonl
 and data/tiny/plum.jsonl: {"task_id": .., "prompt": "..# tests\\n", "solution": "assert ..\\n"}.
@@ -24,7 +24,9 @@ Writes out/plum/sft (after the lesson) and out/plum/<loss>_<online or offline>/:
 (ordinary Hugging Face folders, best by validation pass@1), metrics.jsonl, curves.png,
 tests/0001.jsonl ... and rollouts/0001.jsonl ... (every test with its votes, every response).
 
-Run: python 07_plum.py --online
+Run:
+    python 07_plum.py --online
+    python 07_plum.py --policy MODEL --lesson_epochs 0 --outputs model --ask $'{prompt}\\nWrite ..'
 
 Different from the paper: the policy writes the tests, not a stronger model. A model of a million
 parameters computes few outputs right, so by default it writes inputs and the vote gives outputs.
@@ -434,11 +436,13 @@ def main(cfg):
 
 def check_flags(cfg):
     """Settings with which nothing would be learned are refused."""
-    least = {"responses_per_prompt": 2, "test_responses": 1, "eval_every": 1, "epochs": 1}
-    least |= {name: 1 for name in dataclasses.asdict(cfg) if name.endswith("_size")}
-    for name, value in least.items():
-        if getattr(cfg, name) < value:
-            sandbox.fail(f"--{name} {getattr(cfg, name)}: it must be at least {value}")
+    counts = ("_size", "_every", "_iteration", "_prompt", "_responses", "iterations")
+    for name, value in dataclasses.asdict(cfg).items():
+        least = 2 if name == "responses_per_prompt" else 1  # one alone makes no pair
+        if name.endswith(counts) and value < least:
+            sandbox.fail(f"--{name} {value}: it must be at least {least}")
+    if cfg.beta <= 0:
+        sandbox.fail(f"--beta {cfg.beta}: it must be above 0")
     if not 0 <= cfg.agreement < 1:
         sandbox.fail(f"--agreement {cfg.agreement}: it must be a share, less than 1")
     if "{prompt}" not in cfg.ask:
@@ -502,7 +506,7 @@ def load_policy_and_reference(path, tokenizer, cfg, device):
     else:
         reference = copy.deepcopy(policy).requires_grad_(False)
     if cfg.gradient_checkpointing:
-        unwrapped(policy).gradient_checkpointing_enable({"use_reentrant": False})
+        unwrapped(policy).activation_checkpointing_enable()
     return policy.train().to(device), reference.to(device)
 
 
@@ -553,16 +557,14 @@ def load_tokenizer(path, plain=False):
         tokenizer.chat_template = None
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": "QUESTION"}]
+        chat.append({"role": "assistant", "content": "RESPONSE"})
         try:
-            asked = tokenizer.apply_chat_template(chat, tokenize=False)
-            chat.append({"role": "assistant", "content": "RESPONSE"})
-            _, _, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(
-                "RESPONSE"
-            )
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
         except Exception as error:  # templates raise what they like
-            sandbox.fail(f"the chat template of {path} refuses a single user message ({error})")
-        if "QUESTION" not in asked:
+            sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
+        if "QUESTION" not in text:
             sandbox.fail(f"the chat template of {path} does not show the user's message")
+        behind = text.rpartition("RESPONSE")[2]
         special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
         closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
         if closing:
@@ -1053,18 +1055,20 @@ def train_pairs(policy, optimizer, batch, kl_point, cfg, generator, amp):
     lengths = batch["response_mask"].sum(1).view(-1, 2).amax(1)  # (pairs,)
     totals = {}
     order = torch.randperm(len(lengths), generator=generator)
-    for minibatch in order.split(max(1, cfg.minibatch_size // 2)):
-        minibatch = minibatch[lengths[minibatch].argsort()]  # pairs of similar length together
-        for pairs in minibatch.split(max(1, cfg.micro_batch_size // 2)):
-            rows = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
-            mb = take_rows(batch, rows, policy.device)
-            with amp:
-                loss, statistics = pair_loss(policy, mb, kl_point, cfg)
-            (loss * (len(pairs) / len(minibatch))).backward()
-            for name, value in {**statistics, "loss": loss.item()}.items():
-                totals[name] = totals.get(name, 0.0) + value * len(pairs)
-        norm = take_step(policy, optimizer, cfg)
-        totals["grad_norm"] = totals.get("grad_norm", 0.0) + norm * len(minibatch)
+    with sandbox.progress_bar(len(order), "training") as bar:
+        for minibatch in order.split(max(1, cfg.minibatch_size // 2)):
+            minibatch = minibatch[lengths[minibatch].argsort()]  # pairs of similar length together
+            for pairs in minibatch.split(max(1, cfg.micro_batch_size // 2)):
+                rows = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
+                mb = take_rows(batch, rows, policy.device)
+                with amp:
+                    loss, statistics = pair_loss(policy, mb, kl_point, cfg)
+                (loss * (len(pairs) / len(minibatch))).backward()
+                for name, value in {**statistics, "loss": loss.item()}.items():
+                    totals[name] = totals.get(name, 0.0) + value * len(pairs)
+                bar.update(len(pairs))
+            norm = take_step(policy, optimizer, cfg)
+            totals["grad_norm"] = totals.get("grad_norm", 0.0) + norm * len(minibatch)
     return {name: total / len(lengths) for name, total in totals.items()}
 
 

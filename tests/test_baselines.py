@@ -247,6 +247,7 @@ def test_micro_batches_change_nothing_and_groups_stay_together(
             torch.Generator().manual_seed(2),
             torch.autocast("cpu", enabled=False),
         )
+        assert all(p.grad is None for p in policy.parameters())  # a step starts from zero
         rows = torch.cat(seen)
         assert sorted(rows.tolist()) == torch.arange(30.0).view(-1, size).tolist()
         flat = torch.cat([p.detach().flatten() for p in policy.parameters()])
@@ -325,7 +326,7 @@ def test_the_first_loss_is_the_one_at_the_reference(finished_runs, baselines):
     assert first["bond"]["policy_backward_kl"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["raft", "ipo"])
+@pytest.mark.parametrize("method", ["raft", "ipo", "kto"])
 def test_a_step_lowers_the_loss_of_its_own_samples(
     finished_runs, world, baselines, monkeypatch, tmp_path, method
 ):
@@ -333,7 +334,10 @@ def test_a_step_lowers_the_loss_of_its_own_samples(
     monkeypatch.chdir(world)
     baselines.main(config(baselines, method, tmp_path / "o", iterations=1, epochs=2))
     first = read(finished_runs[method] / "metrics.jsonl")[1]["policy_loss"]
-    assert read(tmp_path / "o/metrics.jsonl")[1]["policy_loss"] < first
+    second = read(tmp_path / "o/metrics.jsonl")[1]
+    assert second["policy_loss"] < first
+    if method != "raft":  # it has raised the better response over the worse one, not the other way
+        assert second["policy_chosen_logratio"] > second["policy_rejected_logratio"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -395,6 +399,8 @@ def test_lora_and_checkpointing(finished_runs, world, baselines, monkeypatch, tm
     second = read(tmp_path / "o/rollouts/0002.jsonl")
     offline = read(finished_runs["dpo"] / "rollouts/0002.jsonl")
     assert [r["response"] for r in second] == [r["response"] for r in offline]
+    if method == "dpo":  # with adapters on the reference, too, nothing would ever be apart
+        assert abs(metrics[2]["policy_chosen_logratio"]) > 1e-4
     if method == "bond":  # in iteration 3 the anchor is the policy: its divergence is that of ranks
         scores = torch.tensor([r["score"] for r in read(tmp_path / "o/rollouts/0003.jsonl")])
         expected = -baselines.bond_rewards(scores.view(8, 5)).mean().item() - math.log(5)
@@ -402,9 +408,10 @@ def test_lora_and_checkpointing(finished_runs, world, baselines, monkeypatch, tm
     assert not (tmp_path / "o/last/adapter_config.json").exists()  # merged
 
 
-def test_kto_reads_each_response_behind_the_prompt_of_another_pair(
+def test_a_pair_is_the_best_and_the_worst_behind_their_prompt_and_for_kl_behind_another(
     world, baselines, monkeypatch, tmp_path
 ):
+    """What KTO's loss and its reference point see, against the records."""
     monkeypatch.chdir(world)
     make_batch, policy_and_reference = baselines.make_batch, baselines.policy_and_reference
     calls, seen = [], []
@@ -423,8 +430,57 @@ def test_kto_reads_each_response_behind_the_prompt_of_another_pair(
     baselines.main(config(baselines, "kto", tmp_path / "o", iterations=1))
     prompts, responses = seen[1]  # the first is the policy's own batch
     pairs = [p for p, r, _ in calls if r == responses and p != prompts]
-    assert len(pairs) == 1 and len(prompts) == read(tmp_path / "o/metrics.jsonl")[1]["kept"]
+    assert len(pairs) == 1
     assert prompts == [pairs[0][k - 2] for k in range(len(prompts))]
+
+    tokenizer = baselines.load_tokenizer("./policy")
+    records = read(tmp_path / "o/rollouts/0001.jsonl")
+    expected = []
+    for start in range(0, 40, 5):
+        group = sorted(records[start : start + 5], key=lambda r: -r["score"])
+        expected += [(r["prompt"], r["response"]) for r in (group[0], group[-1]) if r["kept"]]
+    texts = [baselines.decode_response(tokenizer, ids) for ids in responses]
+    assert expected == list(zip([tokenizer.decode(ids) for ids in pairs[0]], texts))
+
+
+def test_bond_gives_each_response_the_reward_of_its_own_rank(
+    world, baselines, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(world)
+    train_groups, batches = baselines.train_groups, []
+
+    def recorded(policy, optimizer, batch, *rest):
+        batches.append(batch)
+        return train_groups(policy, optimizer, batch, *rest)
+
+    monkeypatch.setattr(baselines, "train_groups", recorded)
+    baselines.main(config(baselines, "bond", tmp_path / "o", iterations=1))
+    tokenizer = baselines.load_tokenizer("./policy")
+    records = read(tmp_path / "o/rollouts/0001.jsonl")
+    scores = torch.tensor([r["score"] for r in records]).view(8, 5)
+    rewards = baselines.bond_rewards(scores).flatten().tolist()
+    expected = {(r["prompt"], r["response"]): reward for r, reward in zip(records, rewards)}
+    for p, p_mask, r, mask, reward in zip(
+        *(batches[0][f"{part}_{x}"] for part in ("prompt", "response") for x in ("ids", "mask")),
+        batches[0]["bond_rewards"][:, 0].tolist(),
+    ):
+        prompt, text = tokenizer.decode(p[p_mask == 1]), r[mask == 1].tolist()
+        assert expected[prompt, baselines.decode_response(tokenizer, text)] == pytest.approx(reward)
+
+
+def test_the_log_is_about_the_policy_not_the_sampler(world, baselines, monkeypatch, tmp_path):
+    monkeypatch.chdir(world)
+    generate, calls = baselines.generate, []
+
+    def recorded(model, tokenizer, prompts, repeats, temperature, *rest):
+        calls.append((repeats if temperature else 0, id(model)))
+        return generate(model, tokenizer, prompts, repeats, temperature, *rest)
+
+    monkeypatch.setattr(baselines, "generate", recorded)
+    baselines.main(config(baselines, "dpo", tmp_path / "o"))
+    policy = calls[0][1]  # of the first validation
+    assert [repeats for repeats, _ in calls] == [0, 5, 5, 1, 0]
+    assert [model == policy for _, model in calls] == [True, False, False, True, True]
 
 
 def test_prompts_without_a_pair_are_left_out(world, baselines, monkeypatch, tmp_path):

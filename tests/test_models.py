@@ -293,7 +293,7 @@ def test_gradient_checkpointing_gives_the_same_step(ppo, llama_folder):
     for checkpointing in (False, True):
         policy = load_policy(ppo, llama_folder).train()
         if checkpointing:
-            policy.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.activation_checkpointing_enable()
         train(ppo, policy, training_batch(ppo, policy), config(ppo))
         results.append([p.detach().clone() for p in policy.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results))

@@ -483,6 +483,8 @@ def test_a_finished_run_and_its_lesson_are_reused(finished_run, plum, monkeypatc
     [
         (dict(responses_per_prompt=1), "--responses_per_prompt 1"),
         (dict(eval_every=0), "--eval_every 0"),
+        (dict(pairs_per_prompt=0), "--pairs_per_prompt 0"),
+        (dict(beta=0.0), "--beta 0.0"),
         (dict(micro_batch_size=0), "--micro_batch_size 0"),
         (dict(agreement=1.0), "--agreement 1.0"),
         (dict(ask="tests, please"), "has no {prompt}"),

@@ -1,0 +1,105 @@
+"""tools/controlled.py: a reward errs where we put the errors. tools/benchmark.py: it runs."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_script
+
+import sandbox
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+@pytest.fixture(scope="module")
+def controlled():
+    return load_script("tools/controlled.py")
+
+
+def made_samples(prompts):
+    """Five responses to each prompt, of which 30% pass; the hashes depend on the texts alone."""
+    rng = random.Random(0)
+    return [
+        {"prompt": f"p{i}", "response": f"r{i} {k}" + "x" * rng.randrange(90), "total_tests": 4}
+        | {"passed_tests": 4 if rng.random() < 0.3 else rng.randrange(4)}
+        for i in range(prompts)
+        for k in range(5)
+    ]
+
+
+def rewards(controlled, samples, profile):
+    reward = controlled.ProfileReward(samples, profile)
+    values = [reward(s["prompt"], s["response"], s["passed_tests"] / 4) for s in samples]
+    return np.array(values), np.array([s["passed_tests"] == 4 for s in samples])
+
+
+@pytest.mark.parametrize(
+    ("profile", "expected"),
+    [("clean", 1), ("moderate", 0.75), ("high", 0.75), ("low", 0.75), ("everywhere", 0.75)],
+)
+def test_profiles_order_as_many_pairs_and_are_distributed_alike(controlled, profile, expected):
+    values, passed = rewards(controlled, made_samples(600), profile)
+    ordered = (values[passed][:, None] > values[~passed]).mean()
+    assert ordered == pytest.approx(expected, abs=0.03)
+    assert values.mean() == pytest.approx(0, abs=0.02)
+    assert values.std() == pytest.approx(1, abs=0.03)
+
+
+def test_each_profile_errs_where_it_says(controlled):
+    """Pass rates of the top and of the bottom eighth: 1 and 0 where they can be trusted."""
+    samples = made_samples(600)
+    ends = {}
+    for profile in ("moderate", "moderate_length", "high", "low"):
+        values, passed = rewards(controlled, samples, profile)
+        ranked = passed[values.argsort()]
+        ends[profile] = ranked[-len(ranked) // 16 :].mean(), ranked[: len(ranked) // 16].mean()
+    assert ends["moderate"] == ends["moderate_length"] == (1, 0)
+    assert 0.2 < ends["high"][0] < 0.4 and ends["high"][1] == 0
+    assert ends["low"][0] == 1 and 0.2 < ends["low"][1] < 0.4
+
+
+def test_moderate_length_prefers_long_responses(controlled):
+    """Among the disturbed the reward rises with length; a hash does not."""
+    samples = made_samples(600)
+    lengths = np.array([len(s["response"]) for s in samples])
+    by_length, _ = rewards(controlled, samples, "moderate_length")
+    by_hash, _ = rewards(controlled, samples, "moderate")
+    assert np.corrcoef(by_length, lengths)[0, 1] > 0.3
+    assert abs(np.corrcoef(by_hash, lengths)[0, 1]) < 0.1
+
+
+def test_stage_4_trains_on_the_profile(controlled, pipeline, tmp_path, monkeypatch):
+    """The reward in the rollouts is the one that the verdicts there give."""
+    monkeypatch.chdir(pipeline["folder"])
+    monkeypatch.setattr(controlled.ppo, "score_responses", controlled.ppo.score_responses)
+    sizes = {"iterations": 1, "critic_warmup": 0, "prompts_per_iteration": 8, "minibatch_size": 8}
+    out = tmp_path / "bw"
+    controlled.main(controlled.Config(profile="high", out=str(out), threads=1, **sizes))
+    reward = controlled.ProfileReward(sandbox.read_jsonl("out/rm/samples.jsonl", {}), "high")
+    rows = sandbox.read_jsonl(out / "rollouts/0001.jsonl", {})
+    for row in rows:
+        share_passed = row["passed_tests"] / row["total_tests"]
+        expected = reward(row["prompt"], row["response"], share_passed) - row["truncated"]
+        assert row["score"] == pytest.approx(expected, abs=1e-4)
+    assert len(rows) == 40
+
+    rescored = tmp_path / "high.jsonl"
+    source = "out/rm/validation_samples.jsonl"
+    controlled.main(controlled.Config(profile="high", rescore=source, out=str(rescored)))
+    before, after = sandbox.read_jsonl(source, {}), sandbox.read_jsonl(rescored, {})
+    assert [r["response"] for r in before] == [r["response"] for r in after]
+    assert [r["rm_score"] for r in before] != [r["rm_score"] for r in after]
+
+
+@pytest.mark.parametrize("config_only", [False, True])
+def test_benchmark_prints_ratio_and_phases(pipeline, monkeypatch, capsys, config_only):
+    """In float32 both samplers write the same greedy responses."""
+    benchmark = load_script("tools/benchmark.py")
+    monkeypatch.chdir(pipeline["folder"])
+    cfg = benchmark.Config(prompts=4, rounds=1, max_new_tokens=24, threads=1)
+    cfg.config_only, cfg.bf16 = config_only, "off"
+    benchmark.main(cfg)
+    said = capsys.readouterr().out
+    assert "greedy    ratio" in said and "1.000 of the responses equal" in said
+    assert all(f"iteration {phase}" in said for phase in benchmark.PHASES)
