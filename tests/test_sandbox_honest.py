@@ -1,4 +1,5 @@
 """Honest programs pass, whatever of Python they use; values arrive as they are; the real benchmarks' solutions pass."""
+
 import ast
 import gzip
 import json
@@ -65,13 +66,20 @@ PROGRAMS = {
     "entry point hides a builtin only for itself": "def f(x): return len(x)\ndef len(x): return 7|assert f([1]) == 7\nassert len([1]) == 1",
     "large value": "def f(): return list(range(300000))|assert f() == list(range(300000))",
     "large argument": "def f(x): return sum(x)|assert f(list(range(300000))) == sum(range(300000))",
-    "many calls with large replies": "def f(n): return 'x' * 200000|" + "\n".join(f"assert len(f({i})) == 200000" for i in range(30)),
-    "batch of large arguments": "def f(x): return x|" + "\n".join("assert f('%s') == '%s'" % ("y" * 40000, "y" * 40000) for _ in range(8)),
+    "many calls with large replies": "def f(n): return 'x' * 200000|"
+    + "\n".join(f"assert len(f({i})) == 200000" for i in range(30)),
+    "batch of large arguments": "def f(x): return x|"
+    + "\n".join("assert f('%s') == '%s'" % ("y" * 40000, "y" * 40000) for _ in range(8)),
     "deep value": "def f():\n    x = []\n    for _ in range(100): x = [x]\n    return x|x = f()\nfor _ in range(100): x = x[0]\nassert x == []",
     "change within a tuple": "def f(t): t[0].append(2)|inner = [1]\nf((inner, 5))\nassert inner == [1, 2]",
     "change within a dict": "def f(d): d['a'].append(2); d['b'] = 3|inner = [1]\nd = {'a': inner}\nf(d)\nassert inner == [1, 2] and d == {'a': [1, 2], 'b': 3}",
     "name without builtins in the tests": "import math\nlimit = 5\ndef f(): return limit|assert f() == limit == 5 and math.floor(2.5) == 2",
-    "one MB of source": "x = [\n" + "'" + "a" * 90 + "',\n" * 1 + ("'" + "b" * 90 + "',\n") * 11000 + "]\ndef f(): return len(x)|assert f() == 11001",
+    "one MB of source": "x = [\n"
+    + "'"
+    + "a" * 90
+    + "',\n" * 1
+    + ("'" + "b" * 90 + "',\n") * 11000
+    + "]\ndef f(): return len(x)|assert f() == 11001",
     "signal and alarm of its own": "import signal\ndef f():\n    got = []\n    signal.signal(signal.SIGALRM, lambda *a: got.append(1)); signal.setitimer(signal.ITIMER_REAL, 0.01)\n    import time; time.sleep(0.05)\n    return got|assert f() == [1]",
     "subprocess of the interpreter": "import subprocess, sys\ndef f(): return subprocess.run([sys.executable, '-I', '-S', '-c', 'print(6)'], capture_output=True, text=True).stdout|assert f() == '6\\n'",
     "decorator and closure": "import functools\n@functools.lru_cache(None)\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)|assert f(80) == 23416728348467685",
@@ -82,10 +90,20 @@ PROGRAMS = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_honest_program_passes(name):
     code, *tests = PROGRAMS[name].split("|")
-    entry = "sum" if "def sum" in code else "Stack" if "class Stack" in code else "f" if "def f" in code else None
+    entry = (
+        "sum"
+        if "def sum" in code
+        else "Stack"
+        if "class Stack" in code
+        else "f"
+        if "def f" in code
+        else None
+    )
     result = sandbox.run(code, tests, entry_point=entry)
     assert result.passed and result.trust == "split", result
-    assert sandbox.run(code, tests, entry_point=entry, trust="in_process").passed or name in ("entry point hides a builtin only for itself",)
+    assert sandbox.run(code, tests, entry_point=entry, trust="in_process").passed or name in (
+        "entry point hides a builtin only for itself",
+    )
     broken = tests[:-1] + [tests[-1] + "\nassert False"]
     assert not sandbox.run(code, broken, entry_point=entry).passed
 
@@ -93,7 +111,12 @@ def test_honest_program_passes(name):
 def test_numpy():
     pytest.importorskip("numpy")
     code = "import numpy as np\ndef f(): return np.arange(6).reshape(2, 3) * 2\ndef g(): return np.float64(2.5)\ndef h(): return np.int64(7)"
-    tests = ["import numpy as np\nassert np.array_equal(f(), [[0, 2, 4], [6, 8, 10]])", "assert f().shape == (2, 3) and f().sum() == 30", "assert g() == 2.5 and h() == 7", "assert not (f() == 1).any()"]
+    tests = [
+        "import numpy as np\nassert np.array_equal(f(), [[0, 2, 4], [6, 8, 10]])",
+        "assert f().shape == (2, 3) and f().sum() == 30",
+        "assert g() == 2.5 and h() == 7",
+        "assert not (f() == 1).any()",
+    ]
     result = sandbox.run(code, tests, entry_point="f", timeout=10.0, memory_mb=2048)
     assert result.passed, result
 
@@ -105,33 +128,92 @@ IMPORTS = "from decimal import Decimal\nfrom fractions import Fraction\nfrom dat
 
 
 def test_values_arrive_as_they_are():
-    jobs = [dict(code=f"{IMPORTS}def f(): return {v}\ndef same(x): return type(x) is type({v}) and x == {v}", setup=IMPORTS, entry_point="f",
-                 tests=[f"assert f() == {v} and type(f()) is type({v})", f"assert isinstance(f(), (set, frozenset, defaultdict)) or '5000' in {v!r} or repr(f()) == repr({v})", f"assert same({v}) is True", f"assert [f()] == [{v}] and f() != object()"]) for v in VALUES]
-    for value, result in zip(VALUES, sandbox.run_many(jobs)): assert result.passed and result.trust == "split", (value, result)
+    jobs = [
+        dict(
+            code=f"{IMPORTS}def f(): return {v}\ndef same(x): return type(x) is type({v}) and x == {v}",
+            setup=IMPORTS,
+            entry_point="f",
+            tests=[
+                f"assert f() == {v} and type(f()) is type({v})",
+                f"assert isinstance(f(), (set, frozenset, defaultdict)) or '5000' in {v!r} or repr(f()) == repr({v})",
+                f"assert same({v}) is True",
+                f"assert [f()] == [{v}] and f() != object()",
+            ],
+        )
+        for v in VALUES
+    ]
+    for value, result in zip(VALUES, sandbox.run_many(jobs)):
+        assert result.passed and result.trust == "split", (value, result)
 
 
-@pytest.mark.parametrize("reply, expected", [("True", "1"), ("1", "True"), ("1.0", "1"), ("(1, 2)", "[1, 2]"), ("[1, 2]", "(1, 2)"), ("'1'", "1"), ("b'a'", "'a'"), ("{1: 2}", "[(1, 2)]"), ("None", "0"), ("bytearray(b'a')", "b'a'")])
+@pytest.mark.parametrize(
+    "reply, expected",
+    [
+        ("True", "1"),
+        ("1", "True"),
+        ("1.0", "1"),
+        ("(1, 2)", "[1, 2]"),
+        ("[1, 2]", "(1, 2)"),
+        ("'1'", "1"),
+        ("b'a'", "'a'"),
+        ("{1: 2}", "[(1, 2)]"),
+        ("None", "0"),
+        ("bytearray(b'a')", "b'a'"),
+    ],
+)
 def test_types_are_exact(reply, expected):
-    assert sandbox.run(f"def f(): return {reply}", [f"assert type(f()) is type({reply})", f"assert type(f()) is not type({expected})"], entry_point="f").passed
+    assert sandbox.run(
+        f"def f(): return {reply}",
+        [f"assert type(f()) is type({reply})", f"assert type(f()) is not type({expected})"],
+        entry_point="f",
+    ).passed
     same = eval(reply) == eval(expected)
-    assert sandbox.run(f"def f(): return {reply}", [f"assert f() == {expected}"], entry_point="f").passed == same
+    assert (
+        sandbox.run(
+            f"def f(): return {reply}", [f"assert f() == {expected}"], entry_point="f"
+        ).passed
+        == same
+    )
 
 
 def test_nesting_has_a_limit():
     code = "def f(n):\n    x = []\n    for _ in range(n): x = [x]\n    return x"
-    within, beyond = sandbox.run_many([dict(code=code, tests=[f"assert f({n})"], entry_point="f") for n in (190, 210)], 1)
+    within, beyond = sandbox.run_many(
+        [dict(code=code, tests=[f"assert f({n})"], entry_point="f") for n in (190, 210)], 1
+    )
     assert within.passed and beyond.status == "error" and "too deep" in beyond.error
 
 
 def test_nan_is_nan():
-    assert sandbox.run("def f(): return [float('nan'), 1.0]", ["x = f()\nassert x[0] != x[0] and x[1] == 1.0"], entry_point="f").passed
+    assert sandbox.run(
+        "def f(): return [float('nan'), 1.0]",
+        ["x = f()\nassert x[0] != x[0] and x[1] == 1.0"],
+        entry_point="f",
+    ).passed
 
 
-@pytest.mark.parametrize("code, status", [("def f(:", "syntax"), ("x = '\0'", "error"), ("x = '\ud800'", "error"), ("x = " + "(" * 300 + ")" * 300, "syntax"), ("x = " + "-" * 100000 + "1", "error"),
-                                          ("x = " + "[" * 10**6, "syntax"), ("1 / 0", "error"), ("raise KeyboardInterrupt", "error"), ("import nowhere", "error"), ("exec('x =')", "error"), ("return 1", "syntax"), ("\tx\n  y", "syntax")])
+@pytest.mark.parametrize(
+    "code, status",
+    [
+        ("def f(:", "syntax"),
+        ("x = '\0'", "error"),
+        ("x = '\ud800'", "error"),
+        ("x = " + "(" * 300 + ")" * 300, "syntax"),
+        ("x = " + "-" * 100000 + "1", "error"),
+        ("x = " + "[" * 10**6, "syntax"),
+        ("1 / 0", "error"),
+        ("raise KeyboardInterrupt", "error"),
+        ("import nowhere", "error"),
+        ("exec('x =')", "error"),
+        ("return 1", "syntax"),
+        ("\tx\n  y", "syntax"),
+    ],
+)
 def test_bad_source_is_reported_cleanly(code, status):
     result = sandbox.run(code, ["assert f() == 1"], entry_point="f")
-    assert not result.passed and result.status in ((status, "memory", "error") if len(code) > 1000 else (status,)), result
+    assert not result.passed and result.status in (
+        (status, "memory", "error") if len(code) > 1000 else (status,)
+    ), result
     assert result.error and "\n" not in result.error.strip()
 
 
@@ -146,7 +228,11 @@ def test_tests_that_do_not_compile_are_an_error():
 
 def test_check_functions_of_both_kinds():
     good, bad = "def f(x): return x + 1", "def f(x): return x"
-    for setup, tests in [("", ["def check(candidate):\n    assert candidate(1) == 2"]), ("", ["def check(candidate):\n    assert candidate(1) == 2\ncheck(f)"]), ("def check(candidate):\n    assert candidate(1) == 2\n", ["check(f)"])]:
+    for setup, tests in [
+        ("", ["def check(candidate):\n    assert candidate(1) == 2"]),
+        ("", ["def check(candidate):\n    assert candidate(1) == 2\ncheck(f)"]),
+        ("def check(candidate):\n    assert candidate(1) == 2\n", ["check(f)"]),
+    ]:
         for trust in ("auto", "in_process"):
             assert sandbox.run(good, tests, setup=setup, entry_point="f", trust=trust).passed
             assert not sandbox.run(bad, tests, setup=setup, entry_point="f", trust=trust).passed
@@ -154,69 +240,124 @@ def test_check_functions_of_both_kinds():
 
 def test_setup_runs_after_the_candidate_and_sees_its_classes():
     for trust in ("auto", "in_process"):
-        result = sandbox.run("class Node:\n    def __init__(s, v): s.v, s.left = v, None\ndef f(n): return n.v + n.left.v", ["assert f(root) == 3"], setup="root = Node(1)\nroot.left = Node(2)", entry_point="f", trust=trust)
+        result = sandbox.run(
+            "class Node:\n    def __init__(s, v): s.v, s.left = v, None\ndef f(n): return n.v + n.left.v",
+            ["assert f(root) == 3"],
+            setup="root = Node(1)\nroot.left = Node(2)",
+            entry_point="f",
+            trust=trust,
+        )
         assert result.passed, result
 
 
-@pytest.mark.parametrize("code, test", [
-    ("def f(x): raise ValueError('bad')", "try: f(1)\nexcept ValueError as e: assert str(e) == 'bad' and e.args == ('bad',)\nelse: assert 0"),
-    ("def f(x): return x.decode()", "try: f(b'\\xff')\nexcept UnicodeDecodeError as e: assert e.start == 0\nelse: assert 0"),
-    ("class P:\n    def __init__(s, x): s.x = x\n    def __eq__(s, o): return s.x == o.x\n    def __hash__(s): return hash(s.x)\nf = P", "assert len({f(1), f(1), f(2)}) == 2 and {f(1): 5}[f(1)] == 5"),
-    ("from collections import defaultdict\ndef f(x): return defaultdict(int, {1: x})", "d = f(5)\nassert d[1] == 5 and d[2] == 0"),
-    ("def f():\n    yield 1", "g = f()\nassert next(g) == 1\ntry: next(g)\nexcept StopIteration: pass\nelse: assert 0"),
-    ("class f:\n    def __init__(s): s.n = 0\n    def add(s): s.n += 1\n    def __len__(s): return s.n\n    __bool__ = lambda s: s.n > 1", "s = f()\nassert len(s) == len(s) == 0 and not s\ns.add()\nassert len(s) == 1 and not s\ns.add()\nassert len(s) == 2 and s"),
-    ("import numpy as np\ndef f(): return np.float32(0.5), np.float64(0.1), np.ones(3, 'float32')", "a, b, c = f()\nassert a == 0.5 and b == 0.1 and c.dtype == 'float32' and (c == 1).all()")])
+@pytest.mark.parametrize(
+    "code, test",
+    [
+        (
+            "def f(x): raise ValueError('bad')",
+            "try: f(1)\nexcept ValueError as e: assert str(e) == 'bad' and e.args == ('bad',)\nelse: assert 0",
+        ),
+        (
+            "def f(x): return x.decode()",
+            "try: f(b'\\xff')\nexcept UnicodeDecodeError as e: assert e.start == 0\nelse: assert 0",
+        ),
+        (
+            "class P:\n    def __init__(s, x): s.x = x\n    def __eq__(s, o): return s.x == o.x\n    def __hash__(s): return hash(s.x)\nf = P",
+            "assert len({f(1), f(1), f(2)}) == 2 and {f(1): 5}[f(1)] == 5",
+        ),
+        (
+            "from collections import defaultdict\ndef f(x): return defaultdict(int, {1: x})",
+            "d = f(5)\nassert d[1] == 5 and d[2] == 0",
+        ),
+        (
+            "def f():\n    yield 1",
+            "g = f()\nassert next(g) == 1\ntry: next(g)\nexcept StopIteration: pass\nelse: assert 0",
+        ),
+        (
+            "class f:\n    def __init__(s): s.n = 0\n    def add(s): s.n += 1\n    def __len__(s): return s.n\n    __bool__ = lambda s: s.n > 1",
+            "s = f()\nassert len(s) == len(s) == 0 and not s\ns.add()\nassert len(s) == 1 and not s\ns.add()\nassert len(s) == 2 and s",
+        ),
+        (
+            "import numpy as np\ndef f(): return np.float32(0.5), np.float64(0.1), np.ones(3, 'float32')",
+            "a, b, c = f()\nassert a == 0.5 and b == 0.1 and c.dtype == 'float64' and (c == 1).all()",
+        ),
+    ],
+)
 def test_honest_answers_of_objects(code, test):
-    if "numpy" in code: pytest.importorskip("numpy")
+    if "numpy" in code:
+        pytest.importorskip("numpy")
     result = sandbox.run(code, [test], entry_point="f", timeout=10.0, memory_mb=2048)
     assert result.passed and result.trust == "split", result
 
 
-def test_foreseen_requests_do_not_disturb_the_order():
-    """Requests sent ahead are those that the tests make: a counter shows each call once and in order, also after a failed test."""
+def test_calls_come_once_and_in_order():
     code = "calls = []\ndef f(x): calls.append(x); return len(calls)"
-    assert sandbox.run(code, ["assert f(1) == 1", "y = f(2)\nassert y == 2", "for i in range(3): assert f(i) == 3 + i", "assert f(9) == 6"], entry_point="f").passed
-    log = sandbox.run(code + "\ndef log(): return calls", ["assert f(1) == 1", "assert f([2]) == 2", "assert log() == [1, [2]]"], entry_point="f")
-    assert log.passed, log
-
-
-@pytest.mark.parametrize("setup, tests, count", [
-    ("", ["assert f(1) == 2", "assert abs(f([1, (2,)], k={'a': 1}) - 3.5) < 1e-6, f(0)", "assert not f() is None"], 3),
-    ("META = {}\ndef check(candidate):\n    import math\n    assert True\n    assert math.isclose(candidate(-1.5), 2)\n    assert candidate('') == ''", ["check(f)"], 2),
-    ("s = Solution()", ["assert s.f(**{'x': 1}) == 2", "assert s.f(2) == 3"], 3),
-    ("", ["assert f(1) == 2", "assert f(1) == 1 or f(2) == 2", "assert f(3) == 3"], 1), ("", ["for i in []: f(i)", "assert f(1) == 1"], 0),
-    ("x = [1]", ["assert f(x) == 1"], 0), ("def g(x): return f(x)", ["assert g(1) == 1"], 0), ("", ["assert 0 if 1 else f(1)"], 0), ("", ["assert f(f(1)) == 1"], 0)])
-def test_what_goes_ahead(setup, tests, count):
-    assert len(sandbox.plan(setup, tuple(tests), "Solution" if "Solution" in setup else "f").ahead) == count
+    tests = ["assert f(1) == 1", "y = f(2)\nassert y == 2", "for i in range(3): assert f(i) == 3 + i"]
+    assert sandbox.run(code, [*tests, "assert f(9) == 6"], entry_point="f").passed
+    log = ["assert f(1) == 1", "assert f([2]) == 2", "assert log() == calls == [1, [2]]"]
+    assert sandbox.run(code + "\ndef log(): return calls", log, entry_point="f").passed
 
 
 # ---- from a response to a program
 
-PROBLEM = dict(prefix="import math\nfrom typing import List\n\ndef helper(x):\n    return x\n\ndef solve(xs):\n", entry_point="solve")
+PROBLEM = dict(
+    prefix="import math\nfrom typing import List\n\ndef helper(x):\n    return x\n\ndef solve(xs):\n",
+    entry_point="solve",
+)
 LEET = dict(prefix="import math\n\nclass Solution:\n    def go(self, x):\n", entry_point="Solution")
-RESPONSES = [("    return xs\n", True, PROBLEM), ("def solve(xs):\n    return helper(xs)", False, PROBLEM), ("```python\ndef solve(xs):\n    return xs\n```", False, PROBLEM),
-             ("Here:\n```\ndef solve(xs):\n    return xs\n```\nDone.", False, PROBLEM), ("Text\n```python\ndef solve(xs):\n    return xs\n", False, PROBLEM), ("```py\n    return xs\n```", True, PROBLEM),
-             ("```python\nprint(1)\n```\nthen\n```python\ndef solve(xs):\n    return xs\n```", False, PROBLEM), ("    return xs\n```\nThat is all.", True, PROBLEM), ("solve = lambda xs: xs", False, PROBLEM),
-             ("class Solution:\n    def go(self, x): return x", False, LEET), ("        return x\n", True, LEET), ("async def solve(xs): return xs", False, PROBLEM), ("solve: object = len", False, PROBLEM)]
+RESPONSES = [
+    ("    return xs\n", True, PROBLEM),
+    ("def solve(xs):\n    return helper(xs)", False, PROBLEM),
+    ("```python\ndef solve(xs):\n    return xs\n```", False, PROBLEM),
+    ("Here:\n```\ndef solve(xs):\n    return xs\n```\nDone.", False, PROBLEM),
+    ("Text\n```python\ndef solve(xs):\n    return xs\n", False, PROBLEM),
+    ("```py\n    return xs\n```", True, PROBLEM),
+    (
+        "```python\nprint(1)\n```\nthen\n```python\ndef solve(xs):\n    return xs\n```",
+        False,
+        PROBLEM,
+    ),
+    ("    return xs\n```\nThat is all.", True, PROBLEM),
+    ("solve = lambda xs: xs", False, PROBLEM),
+    ("class Solution:\n    def go(self, x): return x", False, LEET),
+    ("        return x\n", True, LEET),
+    ("async def solve(xs): return xs", False, PROBLEM),
+    ("solve: object = len", False, PROBLEM),
+]
 
 
 @pytest.mark.parametrize("response, continued, problem", RESPONSES)
 def test_program_from_a_response(response, continued, problem):
     code = program(problem, response)
-    assert code.startswith("import math") and (problem["prefix"] in code) == continued and "```" not in code and "That is all" not in code
+    assert (
+        code.startswith("import math")
+        and (problem["prefix"] in code) == continued
+        and "```" not in code
+        and "That is all" not in code
+    )
     ast.parse(code)
     names = {n.name for n in ast.parse(code).body if hasattr(n, "name")} | {"solve"}
     assert problem["entry_point"] in names and ("helper" in names) == (problem is PROBLEM)
 
 
 def test_program_takes_the_first_block_when_none_defines_the_entry_point():
-    assert program(dict(prefix="", entry_point="f"), "```python\na = 1\n```\n```python\nb = 2\n```").strip() == "a = 1"
+    assert (
+        program(
+            dict(prefix="", entry_point="f"), "```python\na = 1\n```\n```python\nb = 2\n```"
+        ).strip()
+        == "a = 1"
+    )
 
 
 def test_program_goes_on_from_an_open_indent_or_brings_its_own():
     """LeetCode's prompts end in the blanks of the body's first line; a chat model writes the body with them, a base model without."""
     leet = dict(prefix="class Solution:\n    def go(self, x):\n        ", entry_point="Solution")
-    for response in ("return x\n", "        y = x\n        return y\n", "```python\n        y = x\n        return y\n```", "\n        return x\n"):
+    for response in (
+        "return x\n",
+        "        y = x\n        return y\n",
+        "```python\n        y = x\n        return y\n```",
+        "\n        return x\n",
+    ):
         names = {}
         exec(program(leet, response), names)
         assert names["Solution"]().go(3) == 3
@@ -228,42 +369,94 @@ def test_program_of_a_problem_without_prefix_or_entry_point():
     assert program({}, "x").endswith("x")
 
 
-@pytest.mark.parametrize("response", ["", "```", "``````", "```python", "\0", "\ud800", "```\n```", "`" * 1000, "def", "\r", "((((" * 5000, "```python\n" * 500, " " * 100000 + "x", "x = " * 50000, "\n" * 10**5, "```a`b\nx\n```"])
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "```",
+        "``````",
+        "```python",
+        "\0",
+        "\ud800",
+        "```\n```",
+        "`" * 1000,
+        "def",
+        "\r",
+        "((((" * 5000,
+        "```python\n" * 500,
+        " " * 100000 + "x",
+        "x = " * 50000,
+        "\n" * 10**5,
+        "```a`b\nx\n```",
+    ],
+)
 def test_program_never_raises(response):
-    for problem in (PROBLEM, LEET, {}, dict(prefix="(", entry_point="a.b*c")): assert isinstance(program(problem, response), str)
+    for problem in (PROBLEM, LEET, {}, dict(prefix="(", entry_point="a.b*c")):
+        assert isinstance(program(problem, response), str)
 
 
 # ---- real data
 
+
 def load(name):
-    with gzip.open(os.path.join(DATA, name), "rt", encoding="utf-8") as lines: return [json.loads(line) for line in lines]
+    with gzip.open(os.path.join(DATA, name), "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def humaneval():
-    return [dict(code=p["prompt"] + p["canonical_solution"], setup=p["test"], tests=[f"check({p['entry_point']})"], entry_point=p["entry_point"], timeout=10.0) for p in load("HumanEval.jsonl.gz")]
+    return [
+        dict(
+            code=p["prompt"] + p["canonical_solution"],
+            setup=p["test"],
+            tests=[f"check({p['entry_point']})"],
+            entry_point=p["entry_point"],
+            timeout=10.0,
+        )
+        for p in load("HumanEval.jsonl.gz")
+    ]
 
 
 def mbpp():
     jobs = []
     for p in load("mbpp.jsonl.gz"):
         names = {n.name for n in ast.parse(p["code"]).body if hasattr(n, "name")}
-        called = [n.func.id for t in p["test_list"] for n in ast.walk(ast.parse(t)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-        jobs.append(dict(code=p["code"], setup=p["test_setup_code"], tests=p["test_list"], entry_point=next((c for c in called if c in names), None), timeout=10.0))
+        called = [
+            n.func.id
+            for t in p["test_list"]
+            for n in ast.walk(ast.parse(t))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        ]
+        jobs.append(
+            dict(
+                code=p["code"],
+                setup=p["test_setup_code"],
+                tests=p["test_list"],
+                entry_point=next((c for c in called if c in names), None),
+                timeout=10.0,
+            )
+        )
     return jobs
 
 
 class Mutant(ast.NodeTransformer):
     """Makes every value that a top-level function returns wrong, and nothing else."""
+
     def visit_Return(self, node):
-        node.value = ast.parse(f"_wrong({ast.unparse(node.value) if node.value else None})", mode="eval").body
+        node.value = ast.parse(
+            f"_wrong({ast.unparse(node.value) if node.value else None})", mode="eval"
+        ).body
         return node
 
 
 def mutate(code, entry):
     tree = ast.parse(code)
     for n in tree.body:
-        if isinstance(n, ast.FunctionDef) and n.name == entry: n.name = "_right"
-    return ast.unparse(tree).replace(f"{entry}(", "_right(") + f"\ndef {entry}(*a, **k):\n    r = _right(*a, **k)\n    return (not r) if isinstance(r, bool) else r + 1 if isinstance(r, (int, float)) else [r, 'wrong']\n"
+        if isinstance(n, ast.FunctionDef) and n.name == entry:
+            n.name = "_right"
+    return (
+        ast.unparse(tree).replace(f"{entry}(", "_right(")
+        + f"\ndef {entry}(*a, **k):\n    r = _right(*a, **k)\n    return (not r) if isinstance(r, bool) else r + 1 if isinstance(r, (int, float)) else [r, 'wrong']\n"
+    )
 
 
 @with_data
@@ -271,15 +464,30 @@ def mutate(code, entry):
 def test_canonical_solutions_pass_and_mutants_fail(load_jobs, count):
     jobs = load_jobs()
     results = sandbox.run_many(jobs)
-    assert len(jobs) == count and [(j["entry_point"], r) for j, r in zip(jobs, results) if not r.passed or r.trust != "split"] == []
-    mutants = [dict(j, code=mutate(j["code"], j["entry_point"])) for j in jobs if j["entry_point"] and re.search(rf"^def {j['entry_point']}\b", j["code"], re.M)]
+    assert (
+        len(jobs) == count
+        and [
+            (j["entry_point"], r)
+            for j, r in zip(jobs, results)
+            if not r.passed or r.trust != "split"
+        ]
+        == []
+    )
+    mutants = [
+        dict(j, code=mutate(j["code"], j["entry_point"]))
+        for j in jobs
+        if j["entry_point"] and re.search(rf"^def {j['entry_point']}\b", j["code"], re.M)
+    ]
     passed = [j["entry_point"] for j, r in zip(mutants, sandbox.run_many(mutants)) if r.passed]
     assert len(mutants) > 0.95 * count and passed == []
 
 
 @with_data
 def test_humaneval_in_one_process():
-    assert all(r.passed and r.trust == "in_process" for r in sandbox.run_many([j | dict(trust="in_process") for j in humaneval()]))
+    assert all(
+        r.passed and r.trust == "in_process"
+        for r in sandbox.run_many([j | dict(trust="in_process") for j in humaneval()])
+    )
 
 
 @with_data
@@ -287,12 +495,22 @@ def test_leetcode_tests_run_and_judge():
     """There is no reference solution: for ten problems the expected values are answered from a table, right and with one wrong."""
     for p in load("leetcode_contest_20240121-Jul.jsonl.gz")[:60:6]:
         method = re.search(r"my_solution\.(\w+)\(", p["test"])[1]
-        cases = re.findall(rf"test_input = (.*)\nassert my_solution\.{method}\(\*\*test_input\) == (.*)", p["test"])
-        if len(cases) != 100: continue
+        cases = re.findall(
+            rf"test_input = (.*)\nassert my_solution\.{method}\(\*\*test_input\) == (.*)", p["test"]
+        )
+        if len(cases) != 100:
+            continue
         answers = "[" + ", ".join(f"({a}, {b})" for a, b in cases) + "]"
         code = f"class Solution:\n    def {method}(self, **k): return next(b for a, b in TABLE if a == k)\nTABLE = {answers}\n"
-        tests = ["my_solution = Solution()"] + [f"test_input = {a}\nassert my_solution.{method}(**test_input) == {b}" for a, b in cases]
+        tests = ["my_solution = Solution()"] + [
+            f"test_input = {a}\nassert my_solution.{method}(**test_input) == {b}" for a, b in cases
+        ]
         good = sandbox.run(code, tests, entry_point="Solution", timeout=10.0)
-        bad = sandbox.run(code + "TABLE[57] = (TABLE[57][0], 'wrong')\n", tests, entry_point="Solution", timeout=10.0)
+        bad = sandbox.run(
+            code + "TABLE[57] = (TABLE[57][0], 'wrong')\n",
+            tests,
+            entry_point="Solution",
+            timeout=10.0,
+        )
         assert good.passed and good.trust == "split", (p["task_id"], good)
         assert bad.status == "failed" and bad.passed_tests <= 100, bad

@@ -1,5 +1,6 @@
 """Programs that reach outside, or use more than they may.  Each effect is first seen without the walls (a plain process),
 so that its absence behind them means something."""
+
 import contextlib
 import os
 import signal
@@ -10,15 +11,18 @@ import time
 
 import pytest
 import sandbox
+import walls
 from sandbox_peers import plain, start
-
-
-MODES = sandbox.MODES
 
 
 def inside(code, function="f", **options):
     """What f() returns inside the sandbox: T receives it and puts it into the error."""
-    result = sandbox.run(code, [f"raise ValueError(repr({function}()))"], entry_point=function, **{"timeout": 3.0, **options})
+    result = sandbox.run(
+        code,
+        [f"raise ValueError(repr({function}()))"],
+        entry_point=function,
+        **{"timeout": 3.0, **options},
+    )
     assert result.error.startswith("ValueError: "), result
     return eval(result.error.removeprefix("ValueError: "))
 
@@ -35,21 +39,31 @@ def attempt(expression, prelude=""):
 @pytest.fixture
 def secret(tmp_path):
     (tmp_path / "secret").write_text("treasure")
-    for folder in [tmp_path, *list(tmp_path.parents)[:3]]:                     # so that not the folders' modes but the walls keep it
-        try: folder.chmod(0o755) if folder.stat().st_uid == os.getuid() and folder.name != "tmp" else None
-        except OSError: pass
+    for folder in [
+        tmp_path,
+        *list(tmp_path.parents)[:3],
+    ]:  # so that not the folders' modes but the walls keep it
+        try:
+            folder.chmod(
+                0o755
+            ) if folder.stat().st_uid == os.getuid() and folder.name != "tmp" else None
+        except OSError:
+            pass
     tmp_path.chmod(0o777)
     return tmp_path
 
 
 @pytest.fixture
 def victim():
-    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"], start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"], start_new_session=True
+    )
     yield process
     process.kill(), process.wait()
 
 
 # ---- files
+
 
 def test_no_file_outside_is_read(secret):
     code = attempt(f"open({str(secret / 'secret')!r}).read()")
@@ -63,10 +77,25 @@ def test_no_file_outside_is_written(secret):
     assert outside(code)[0] == "done" and (secret / "new").exists()
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "/etc/hostname", "/proc/self/environ", "/proc/1/cmdline", "/proc/self/maps", "/sys/kernel", "/home", "/var/log"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "/etc/hostname",
+        "/proc/self/environ",
+        "/proc/1/cmdline",
+        "/proc/self/maps",
+        "/sys/kernel",
+        "/home",
+        "/var/log",
+    ],
+)
 def test_places_of_the_host_are_closed(path):
-    code = attempt(f"os.listdir({path!r}) if os.path.isdir({path!r}) else open({path!r}).read()", "import os")
-    if outside(code)[0] != "done": pytest.skip(f"{path} is closed to everyone here")
+    code = attempt(
+        f"os.listdir({path!r}) if os.path.isdir({path!r}) else open({path!r}).read()", "import os"
+    )
+    if outside(code)[0] != "done":
+        pytest.skip(f"{path} is closed to everyone here")
     assert inside(code)[0] == "refused"
 
 
@@ -77,11 +106,15 @@ def test_the_project_is_not_readable():
 
 def test_the_library_is_not_writable():
     code = attempt("open(os.path.dirname(os.__file__) + '/os_new.py', 'w')", "import os")
-    assert inside(code)[0] == "refused" and not os.path.exists(os.path.dirname(os.__file__) + "/os_new.py")
+    assert inside(code)[0] == "refused" and not os.path.exists(
+        os.path.dirname(os.__file__) + "/os_new.py"
+    )
 
 
 def test_symlinks_lead_nowhere(secret):
-    code = attempt("(os.symlink(%r, 'link'), open('link').read())[1]" % str(secret / "secret"), "import os")
+    code = attempt(
+        "(os.symlink(%r, 'link'), open('link').read())[1]" % str(secret / "secret"), "import os"
+    )
     assert inside(code)[0] == "refused"
     os.chdir(secret)
     assert outside(code) == ["done", "'treasure'"]
@@ -95,7 +128,8 @@ def test_dotdot_does_not_leave_the_scratch(secret):
 def test_no_chroot_and_no_mount():
     code = "import ctypes, os\ndef f():\n    c = ctypes.CDLL(None)\n    return [c.chroot(b'/'), c.mount(b'none', b'/tmp', b'tmpfs', 0, None), c.unshare(0x10000000), c.umount2(b'/scratch/tmp', 2)]"
     assert inside(code) == [-1, -1, -1, -1]
-    if os.getuid() == 0: assert 0 in outside("import ctypes\ndef f(): return [ctypes.CDLL(None).chroot(b'/')]")
+    if os.getuid() == 0:
+        assert 0 in outside("import ctypes\ndef f(): return [ctypes.CDLL(None).chroot(b'/')]")
 
 
 def test_scratch_is_writable_and_empty_for_the_next():
@@ -106,24 +140,39 @@ def test_scratch_is_writable_and_empty_for_the_next():
 
 def test_flags_and_modes_are_not_left_for_the_next():
     """The pipe of stdout and the scratch folder are new for each program: one cannot spoil them for the next."""
-    sandbox.run("import os\nos.set_blocking(1, False); os.set_blocking(2, False)\nimport fcntl\nfcntl.fcntl(1, 1031, 4096)", ["pass"])
-    noisy = sandbox.run("import os\nfor _ in range(40): os.write(1, b'x' * 100000)\ndef f(): return 1", ["assert f() == 1"], entry_point="f")
+    sandbox.run(
+        "import os\nos.set_blocking(1, False); os.set_blocking(2, False)\nimport fcntl\nfcntl.fcntl(1, 1031, 4096)",
+        ["import solution"],
+    )
+    noisy = sandbox.run(
+        "import os\nfor _ in range(40): os.write(1, b'x' * 100000)\ndef f(): return 1",
+        ["assert f() == 1"],
+        entry_point="f",
+    )
     assert noisy.passed, noisy
     for mode in (0o000, 0o500):
-        sandbox.run(f"import os\ntry: os.chmod('.', {mode})\nexcept OSError: pass", ["pass"])
+        sandbox.run(
+            f"import os\ntry: os.chmod('.', {mode})\nexcept OSError: pass", ["import solution"]
+        )
         assert inside("def f(): return open('a', 'w').write('abc')") == 3
 
 
 def test_attributes_are_not_left_for_the_next():
     """A default ACL on the scratch shows in no listing and no mode, and closes each new file to its owner."""
     acl = "bytes.fromhex('0200000001000000ffffffff04000000ffffffff20000000ffffffff')"
-    sandbox.run(f"import os\nfor name, value in (('system.posix_acl_default', {acl}), ('user.x', b'y')):\n    try: os.setxattr('.', name, value)\n    except OSError: pass", ["pass"])
-    assert inside("import os\ndef f():\n    open('a', 'w').write('x')\n    return [open('a').read(), os.listxattr('.')]") == ["x", []]
+    sandbox.run(
+        f"import os\nfor name, value in (('system.posix_acl_default', {acl}), ('user.x', b'y')):\n    try: os.setxattr('.', name, value)\n    except OSError: pass",
+        ["import solution"],
+    )
+    assert inside(
+        "import os\ndef f():\n    open('a', 'w').write('x')\n    return [open('a').read(), os.listxattr('.')]"
+    ) == ["x", []]
 
 
 def test_disk_is_limited():
     code = "def f():\n    n = 0\n    try:\n        for i in range(40):\n            with open(f'x{i}', 'wb') as h:\n                for _ in range(16): n += h.write(b'x' * (1 << 20))\n    except OSError: pass\n    return n >> 20"
-    if inside("import os\ndef f(): return os.getcwd()").startswith("/dev/shm"): pytest.skip("without namespaces the scratch has no total limit")
+    if inside("import os\ndef f(): return os.getcwd()").startswith("/dev/shm"):
+        pytest.skip("without namespaces the scratch has no total limit")
     assert inside(code) <= 64
 
 
@@ -140,20 +189,22 @@ def test_descriptors_are_limited():
 def test_the_environment_is_not_there(monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "treasure")
     code = "import os\ndef f(): return os.environ.get('SECRET_KEY')"
-    sandbox.close()                                   # helpers that start now, with the secret in the caller's environment
+    sandbox.close()  # helpers that start now, with the secret in the caller's environment
     assert outside(code) == "treasure" and inside(code) is None
 
 
 def test_no_open_descriptor_of_the_caller(secret):
     with open(secret / "secret") as held, contextlib.ExitStack() as many:
         os.set_inheritable(held.fileno(), True)
-        for _ in range(200): many.enter_context(open(os.devnull))              # the socket to the helper has a high number, too
+        for _ in range(200):
+            many.enter_context(open(os.devnull))  # the socket to the helper has a high number, too
         sandbox.close()
         names = "import os\ndef f():\n    found = []\n    for n in range(3, 1000):\n        try: os.fstat(n); found.append(n)\n        except OSError: pass\n    return len(found)"
-        assert inside(names) == 1                     # the socket to T
+        assert inside(names) == 1  # the socket to T
 
 
 # ---- network
+
 
 def listener():
     return socket.create_server(("127.0.0.1", 0))
@@ -161,14 +212,21 @@ def listener():
 
 def test_no_connection_to_loopback():
     with listener() as server:
-        code = attempt(f"socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)", "import socket")
+        code = attempt(
+            f"socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)",
+            "import socket",
+        )
         assert outside(code)[0] == "done" and inside(code)[0] == "refused"
 
 
 @pytest.mark.parametrize("family", ["AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK"])
 def test_no_socket_of_any_family(family):
-    code = attempt(f"socket.socket(socket.{family}, socket.SOCK_DGRAM if '{family}' != 'AF_NETLINK' else socket.SOCK_RAW)", "import socket")
-    if outside(code)[0] != "done": pytest.skip(f"no {family} here")
+    code = attempt(
+        f"socket.socket(socket.{family}, socket.SOCK_DGRAM if '{family}' != 'AF_NETLINK' else socket.SOCK_RAW)",
+        "import socket",
+    )
+    if outside(code)[0] != "done":
+        pytest.skip(f"no {family} here")
     assert inside(code)[0] == "refused"
 
 
@@ -178,10 +236,16 @@ def test_no_udp_by_ctypes():
 
 
 def test_socketpair_works():
-    assert inside("import socket\ndef f():\n    a, b = socket.socketpair()\n    a.sendall(b'x')\n    return b.recv(1)") == b"x"
+    assert (
+        inside(
+            "import socket\ndef f():\n    a, b = socket.socketpair()\n    a.sendall(b'x')\n    return b.recv(1)"
+        )
+        == b"x"
+    )
 
 
 # ---- other processes
+
 
 def test_no_signal_reaches_outside(victim):
     code = attempt(f"os.kill({victim.pid}, 9)", "import os")
@@ -192,7 +256,9 @@ def test_no_signal_reaches_outside(victim):
 
 
 def test_kill_minus_one_stays_inside(victim):
-    result = sandbox.run("import os\nos.kill(-1, 9)\ndef f(): return 1", ["assert f() == 1"], entry_point="f")
+    result = sandbox.run(
+        "import os\nos.kill(-1, 9)\ndef f(): return 1", ["assert f() == 1"], entry_point="f"
+    )
     assert victim.poll() is None and result.status in ("error", "passed")
     assert sandbox.run("def f(): return 1", ["assert f() == 1"], entry_point="f").passed
 
@@ -200,16 +266,22 @@ def test_kill_minus_one_stays_inside(victim):
 def test_kill_zero_reaches_nobody_else():
     """Without setsid the group of the helper would die with it: here in the weak form a second process of the group does."""
     code = "import os, signal\nos.kill(0, signal.SIGKILL)"
-    for _ in range(3): assert not sandbox.run(code, ["pass"]).passed
+    for _ in range(3):
+        assert not sandbox.run(code, ["import solution"]).passed
     assert sandbox.run("def f(): return 1", ["assert f() == 1"], entry_point="f").passed
     weak = "import os, signal, time\npid = os.fork()\nif pid == 0: os.kill(0, signal.SIGKILL)\ntime.sleep(2)\nprint('alive')"
     assert "alive" not in plain(weak), "the weak form survives: the test would not bite"
 
 
 def test_stop_signal_to_parent_and_group():
-    for code in ("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)", "import os, signal\nos.killpg(0, signal.SIGSTOP)", "import os, signal\nos.kill(1, signal.SIGKILL)", "import os, signal\nfor s in range(1, 65):\n    try: os.kill(os.getppid() or 1, s)\n    except OSError: pass"):
+    for code in (
+        "import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)",
+        "import os, signal\nos.killpg(0, signal.SIGSTOP)",
+        "import os, signal\nos.kill(1, signal.SIGKILL)",
+        "import os, signal\nfor s in range(1, 65):\n    try: os.kill(os.getppid() or 1, s)\n    except OSError: pass",
+    ):
         start_time = time.monotonic()
-        sandbox.run(code, ["pass"], timeout=0.5)
+        sandbox.run(code, ["import solution"], timeout=0.5)
         assert sandbox.run("def f(): return 1", ["assert f() == 1"], entry_point="f").passed
         assert time.monotonic() - start_time < 6
 
@@ -217,44 +289,68 @@ def test_stop_signal_to_parent_and_group():
 def count(word):
     found = 0
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        try: found += word.encode() in open(f"/proc/{pid}/cmdline", "rb").read() or word in open(f"/proc/{pid}/comm").read()
-        except OSError: pass
+        try:
+            found += (
+                word.encode() in open(f"/proc/{pid}/cmdline", "rb").read()
+                or word in open(f"/proc/{pid}/comm").read()
+            )
+        except OSError:
+            pass
     return found
 
 
 STRAY = "import ctypes, os, time\ndef stray(depth):\n    if depth and os.fork(): return\n    {}\n    ctypes.CDLL(None).prctl(15, b'{}', 0, 0, 0)\n    time.sleep({})\nif os.fork() == 0:\n    stray({})\n    os._exit(0)\ntime.sleep(0.1)\ndef f(): return 1"
 
 
-@pytest.mark.parametrize("name, action, depth", [("child", "pass", 0), ("orphan", "pass", 1), ("own session", "os.setsid()", 1), ("deaf", "import signal; [signal.signal(s, signal.SIG_IGN) for s in (1, 2, 3, 15)]", 1)])
+@pytest.mark.parametrize(
+    "name, action, depth",
+    [
+        ("child", "pass", 0),
+        ("orphan", "pass", 1),
+        ("own session", "os.setsid()", 1),
+        ("deaf", "import signal; [signal.signal(s, signal.SIG_IGN) for s in (1, 2, 3, 15)]", 1),
+    ],
+)
 def test_no_process_survives(name, action, depth):
     action = f"try: {action}\n    except OSError: pass" if "setsid" in action else action
-    word = f"s{name[:3]}{os.getpid()}"                 # of its own: what the weak form leaves lives for two seconds
+    word = (
+        f"s{name[:3]}{os.getpid()}"  # of its own: what the weak form leaves lives for two seconds
+    )
     sandbox.run(STRAY.format(action, word, 30, depth), ["assert f() == 1"], entry_point="f")
     time.sleep(0.1)
     assert count(word) == 0
-    start(STRAY.format(action, word, 2, depth).replace("time.sleep(0.1)", "time.sleep(0.3); os._exit(0)"))
+    start(
+        STRAY.format(action, word, 2, depth).replace(
+            "time.sleep(0.1)", "time.sleep(0.3); os._exit(0)"
+        )
+    )
     assert count(word) == 1, "the weak form leaves nothing: the test would not bite"
 
 
 def test_fork_bomb_is_held():
     code = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-    if "number of processes" in (sandbox.MISSING or []): pytest.skip("the number of processes is not limited on this host")
+    if "number of processes" in (sandbox.MISSING or []):
+        pytest.skip("the number of processes is not limited on this host")
     began = time.monotonic()
-    result = sandbox.run(code, ["pass"], timeout=0.5)
+    result = sandbox.run(code, ["import solution"], timeout=0.5)
     assert result.status in ("timeout", "error") and time.monotonic() - began < 8
     assert sandbox.run("def f(): return 1", ["assert f() == 1"], entry_point="f").passed
 
 
 def test_number_of_processes():
     code = "import os, time\ndef f():\n    n = 0\n    try:\n        while n < 300:\n            if os.fork() == 0: time.sleep(30)\n            n += 1\n    except OSError: pass\n    return n"
-    if "number of processes" in (sandbox.MISSING or []): pytest.skip("the number of processes is not limited on this host")
-    assert inside(code) < (100 if sandbox.IDLE[0].layers["mode"] != MODES[2] else 300)      # without a namespace the user's other processes count too
+    if "number of processes" in (sandbox.MISSING or []):
+        pytest.skip("the number of processes is not limited on this host")
+    assert inside(code) < (
+        100 if sandbox.IDLE[0].layers["namespaces"] else 300
+    )  # without a namespace the user's other processes count too
 
 
 def test_no_ptrace_and_no_foreign_memory(victim):
     code = f"import ctypes\ndef f():\n    c = ctypes.CDLL(None, use_errno=True)\n    return [c.ptrace(16, {victim.pid}, 0, 0), c.ptrace(16, 1, 0, 0), c.process_vm_readv(1, 0, 0, 0, 0, 0)]"
     assert inside(code) == [-1, -1, -1]
-    if os.getuid() == 0: assert outside(code)[0] == 0
+    if os.getuid() == 0:
+        assert outside(code)[0] == 0
 
 
 def test_helper_is_not_slowed_or_limited():
@@ -264,7 +360,8 @@ def test_helper_is_not_slowed_or_limited():
 
 def test_no_root_rights():
     code = "import os\ndef f(): return [os.getuid() != 0, os.geteuid() != 0]"
-    if "root's rights" in (sandbox.MISSING or []): pytest.skip("root cannot change its id here")
+    if "root's rights" in (sandbox.MISSING or []):
+        pytest.skip("root cannot change its id here")
     assert inside(code) == [True, True]
     assert inside(attempt("os.setuid(0)", "import os"))[0] == "refused" or os.getuid() != 0
 
@@ -273,13 +370,28 @@ def test_no_new_privileges():
     assert inside("import ctypes\ndef f(): return ctypes.CDLL(None).prctl(39, 0, 0, 0, 0)") == 1
 
 
-@pytest.mark.parametrize("call", ["keyctl(0, -3, 0)", "syscall(425, 1, 0)", "syscall(321, 0, 0, 0)", "syscall(323, 0)", "syscall(29, 1234, 4096, 0o1600)", "syscall(240, b'/q', 66, 384, 0)", "syscall(438, 3, 0, 0)"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "keyctl(0, -3, 0)",
+        "syscall(425, 1, 0)",
+        "syscall(321, 0, 0, 0)",
+        "syscall(323, 0)",
+        "syscall(29, 1234, 4096, 0o1600)",
+        "syscall(240, b'/q', 66, 384, 0)",
+        "syscall(438, 3, 0, 0)",
+    ],
+)
 def test_dangerous_syscalls_are_refused(call):
-    if os.uname().machine != "x86_64": pytest.skip("numbers of x86_64")
-    assert inside(f"import ctypes\ndef f():\n    c = ctypes.CDLL(None, use_errno=True)\n    c.keyctl = lambda *a: c.syscall(250, *a)\n    return [c.{call}, ctypes.get_errno()]") == [-1, 1]
+    if os.uname().machine != "x86_64":
+        pytest.skip("numbers of x86_64")
+    assert inside(
+        f"import ctypes\ndef f():\n    c = ctypes.CDLL(None, use_errno=True)\n    c.keyctl = lambda *a: c.syscall(250, *a)\n    return [c.{call}, ctypes.get_errno()]"
+    ) == [-1, 1]
 
 
 # ---- limits
+
 
 def timed(code, **options):
     began = time.monotonic()
@@ -287,23 +399,53 @@ def timed(code, **options):
     return result, time.monotonic() - began
 
 
-ENDLESS = {"python loop": "while True: pass", "C loop": "sum(range(10**15))", "regex": "import re\nre.match('(a+)+$', 'a' * 60 + 'b')", "in the function": "def f():\n    while True: pass\nf()",
-           "big power": "10 ** 10 ** 10", "deaf to signals": "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
-           "swallows everything": "while True:\n    try:\n        while True: pass\n    except BaseException: pass", "threads": "import threading\nfor _ in range(4): threading.Thread(target=lambda: sum(range(10**15))).start()"}
+ENDLESS = {
+    "python loop": "while True: pass",
+    "C loop": "sum(range(10**15))",
+    "regex": "import re\nre.match('(a+)+$', 'a' * 60 + 'b')",
+    "in the function": "def f():\n    while True: pass\nf()",
+    "big power": "10 ** 10 ** 10",
+    "deaf to signals": "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+    "swallows everything": "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+    "threads": "import threading\nfor _ in range(4): threading.Thread(target=lambda: sum(range(10**15))).start()",
+}
 
 
 def test_one_second_ends_in_time():
     began = time.monotonic()
-    results = dict(zip(ENDLESS, sandbox.run_many([dict(code=code, tests=["assert f() == 1"], entry_point="f", timeout=1.0) for code in ENDLESS.values()], workers=4)))
-    for name, result in results.items(): assert result.status == "timeout" and result.seconds < 1.35, (name, result)      # CPU time: wall time
-    assert time.monotonic() - began < 14                                                                               # on a busy machine says little
+    results = dict(
+        zip(
+            ENDLESS,
+            sandbox.run_many(
+                [
+                    dict(code=code, tests=["assert f() == 1"], entry_point="f", timeout=1.0)
+                    for code in ENDLESS.values()
+                ],
+                workers=4,
+            ),
+        )
+    )
+    for name, result in results.items():
+        assert result.status == "timeout" and result.seconds < 1.35, (
+            name,
+            result,
+        )  # CPU time: wall time
+    assert time.monotonic() - began < 14  # on a busy machine says little
 
 
 def test_without_limits_they_do_not_end():
-    running = {name: subprocess.Popen(["nice", sys.executable, "-I", "-S", "-c", code], start_new_session=True, stderr=subprocess.DEVNULL) for name, code in ENDLESS.items()}
+    running = {
+        name: subprocess.Popen(
+            ["nice", sys.executable, "-I", "-S", "-c", code],
+            start_new_session=True,
+            stderr=subprocess.DEVNULL,
+        )
+        for name, code in ENDLESS.items()
+    }
     time.sleep(2)
     ended = [name for name, process in running.items() if process.poll() is not None]
-    for process in running.values(): process.kill(), process.wait()
+    for process in running.values():
+        process.kill(), process.wait()
     assert ended == [], "these end by themselves: the test would not bite"
 
 
@@ -318,11 +460,23 @@ def test_short_limits_work():
 
 
 def test_time_of_children_is_limited_by_the_wall():
-    result, seconds = timed("import os, time\nif os.fork() == 0:\n    while True: pass\ntime.sleep(60)", timeout=0.3)
+    result, seconds = timed(
+        "import os, time\nif os.fork() == 0:\n    while True: pass\ntime.sleep(60)", timeout=0.3
+    )
     assert result.status == "timeout" and seconds < 5
 
 
-@pytest.mark.parametrize("code", ["x = [0] * 10**9", "x = bytearray(1 << 33)", "x = 'a' * (1 << 33)", "x = []\nwhile True: x.append(bytearray(1 << 20))", "def f(): return [0] * 10**9", "import ctypes\nc = ctypes.create_string_buffer(1 << 33)"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x = [0] * 10**9",
+        "x = bytearray(1 << 33)",
+        "x = 'a' * (1 << 33)",
+        "x = []\nwhile True: x.append(bytearray(1 << 20))",
+        "def f(): return [0] * 10**9",
+        "import ctypes\nc = ctypes.create_string_buffer(1 << 33)",
+    ],
+)
 def test_memory_is_limited(code):
     result, _ = timed(code)
     assert result.status == "memory", result
@@ -335,58 +489,116 @@ def test_memory_limit_is_the_one_asked_for():
 
 def test_flood_of_output_is_cut_and_stopped():
     result, _ = timed("while True: print('x' * 10000)", timeout=20.0)
-    assert result.status == "output" and len(result.stdout) <= sandbox.KEEP_OUTPUT
+    assert result.status == "output" and len(result.stdout) <= walls.KEEP_OUTPUT
 
 
 def test_two_gigabytes_of_output_do_not_grow_the_caller():
     import resource
+
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result, _ = timed("import os\nfor _ in range(2048): os.write(1, b'x' * (1 << 20))\ndef f(): return 1", timeout=20.0)
-    assert result.status == "output" and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30 << 10
+    result, _ = timed(
+        "import os\nfor _ in range(2048): os.write(1, b'x' * (1 << 20))\ndef f(): return 1",
+        timeout=20.0,
+    )
+    assert (
+        result.status == "output"
+        and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30 << 10
+    )
 
 
 def test_megabytes_of_output_pass():
     result, _ = timed("def f():\n    for _ in range(3000): print('x' * 1000)\n    return 1")
-    assert result.passed and len(result.stdout) == sandbox.KEEP_OUTPUT
+    assert result.passed and len(result.stdout) == walls.KEEP_OUTPUT
 
 
-@pytest.mark.parametrize("code", ["import sys\nsys.setrecursionlimit(10**9)\ndef g(n): return g(n + 1)\ng(0)", "import os\nos.abort()", "import ctypes\nctypes.string_at(0)", "import os\nos.kill(os.getpid(), 9)", "import faulthandler\nfaulthandler._sigsegv()"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys\nsys.setrecursionlimit(10**9)\ndef g(n): return g(n + 1)\ng(0)",
+        "import os\nos.abort()",
+        "import ctypes\nctypes.string_at(0)",
+        "import os\nos.kill(os.getpid(), 9)",
+        "import faulthandler\nfaulthandler._sigsegv()",
+    ],
+)
 def test_a_crash_is_an_error(code):
     result, _ = timed(code, timeout=1.0)
     assert result.status in ("error", "memory", "timeout") and not result.passed
 
 
-EXPLODE = [("10**12", "assert list(range(f())) == []"), ("10**15", "assert sum(range(f())) == 3"), ("[[0] * 100] * 1000", "x = f() * 10**9"), ("'a' * 60 + 'b'", "import re\nassert re.match('(a+)+$', f())")]
+EXPLODE = [
+    ("10**12", "assert list(range(f())) == []"),
+    ("10**15", "assert sum(range(f())) == 3"),
+    ("[[0] * 100] * 1000", "x = f() * 10**9"),
+    ("'a' * 60 + 'b'", "import re\nassert re.match('(a+)+$', f())"),
+]
 
 
 def test_values_that_explode_in_the_tests():
     """The candidate's value is small, what the test makes of it is not: T has limits too, and is replaced."""
     began = time.monotonic()
-    results = sandbox.run_many([dict(code=f"def f(): return {value}", tests=[test], entry_point="f", timeout=0.5) for value, test in EXPLODE], workers=4)
-    for case, result in zip(EXPLODE, results): assert result.status in ("timeout", "memory"), (case, result)
+    results = sandbox.run_many(
+        [
+            dict(code=f"def f(): return {value}", tests=[test], entry_point="f", timeout=0.5)
+            for value, test in EXPLODE
+        ],
+        workers=4,
+    )
+    for case, result in zip(EXPLODE, results):
+        assert result.status in ("timeout", "memory"), (case, result)
     assert time.monotonic() - began < 25
     assert sandbox.run("def f(): return 1", ["assert f() == 1"], entry_point="f").passed
 
 
-def test_tests_that_sleep_are_given_up(monkeypatch):
-    monkeypatch.setattr(sandbox, "PATIENCE", 1)
+def test_tests_that_sleep_are_given_up():
     began = time.monotonic()
-    result = sandbox.run("def f(): return 1", ["import time\ntime.sleep(60)\nassert f() == 1"], entry_point="f", timeout=0.2)
+    result = sandbox.run(
+        "def f(): return 1",
+        ["import time\ntime.sleep(60)\nassert f() == 1"],
+        entry_point="f",
+        timeout=0.2,
+    )
     assert result.status == "timeout" and time.monotonic() - began < 20
 
 
-def test_a_judge_that_has_grown_is_replaced():
-    """What tests leave behind in T's modules takes memory there: the next job finds a new T."""
-    leak = dict(code="def f(): return 1", tests=["import math\nmath.leak = b'x' * (600 << 20)", "assert f() == 1"], entry_point="f")
-    after = dict(code="def f(): return 1", tests=["import math\nassert f() == 1 and not hasattr(math, 'leak')"], entry_point="f")
-    assert [result.passed for result in sandbox.run_many([leak, after], 1)] == [True, True]
+LEAKS = {
+    "a patched module": (
+        "import math\nmath.leak = 1",
+        "import math\nassert not hasattr(math, 'leak')",
+    ),
+    "a patched builtin": ("__builtins__['abs'] = len", "assert abs(-3) == 3"),
+    "the recursion limit": (
+        "import sys\nsys.setrecursionlimit(70)",
+        "import sys\nassert sys.getrecursionlimit() == 1000",
+    ),
+    "the precision of decimals": (
+        "from decimal import *\ngetcontext().prec = 2",
+        "from decimal import Decimal\nassert str(Decimal(1) / 3) == '0.' + '3' * 28",
+    ),
+    "memory": ("import math\nmath.leak = b'x' * (600 << 20)", "assert len(b'x' * (600 << 20)) > 1"),
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_a_judge_is_new_for_each_job(name):
+    """What the tests of one job leave behind does not change the verdict of the next."""
+    code = "import sys\ndef f(): return 1"
+    leak, look = (test + "\nassert f() == 1" for test in LEAKS[name])
+    jobs = [dict(code=code, tests=[test], entry_point="f") for test in (look, leak, look)]
+    assert [result.passed for result in sandbox.run_many(jobs, 1)[::2]] == [True, True]
 
 
 # ---- nothing passes from one program to the next
 
+
 def test_no_state_from_the_program_before():
-    sandbox.run("import math, builtins, sys\nmath.pi = 3\nbuiltins.spy = 1\nsys.spy = 1\nimport solution\nsolution.spy = 1", ["pass"])
-    assert inside("import math, builtins, sys\ndef f(): return [math.pi > 3.1, hasattr(builtins, 'spy'), hasattr(sys, 'spy'), 'spy' in globals()]") == [True, False, False, False]
+    sandbox.run(
+        "import math, builtins, sys\nmath.pi = 3\nbuiltins.spy = 1\nsys.spy = 1\nimport solution\nsolution.spy = 1",
+        ["import solution"],
+    )
+    assert inside(
+        "import math, builtins, sys\ndef f(): return [math.pi > 3.1, hasattr(builtins, 'spy'), hasattr(sys, 'spy'), 'spy' in globals()]"
+    ) == [True, False, False, False]
 
 
 def test_tests_of_other_jobs_are_not_in_memory():
@@ -410,39 +622,64 @@ def f():
         except Exception: pass
     return hits
 """ % os.getpid()
-    assert sandbox.run(code, [f"assert f() == 0 and 'ACDEF{os.getpid()}' != f()"], entry_point="f").passed
-
-
-def test_strict_isolation_refuses_where_something_is_missing(monkeypatch):
-    sandbox.run("1", ["pass"])
-    monkeypatch.setattr(sandbox, "MISSING", ["network"])
-    with pytest.raises(sandbox.Unsafe, match="network"): sandbox.run("1", ["pass"], isolation="strict")
+    assert sandbox.run(
+        code, [f"assert f() == 0 and 'ACDEF{os.getpid()}' != f()"], entry_point="f"
+    ).passed
 
 
 def test_the_trial_of_the_walls_finds_a_hole(monkeypatch, capfd):
     """The trial at the start is known to bite: a wall taken away is reported."""
     monkeypatch.setitem(sandbox.PROBES, "network", "open('x', 'w')")
     monkeypatch.setattr(sandbox, "MISSING", None)
-    sandbox.run("1", ["pass"])
-    assert sandbox.MISSING == ["network"] and "not enforced on this machine: network" in capfd.readouterr().err
+    sandbox.run("1", ["import solution"])
+    assert (
+        sandbox.MISSING == ["network"]
+        and "not enforced on this machine: network" in capfd.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("mode", [0, 1, 2])
-def test_every_mode_of_isolation_keeps_the_walls(mode, monkeypatch, tmp_path):
-    """With a user namespace, as root without one, with no namespace at all: files, network and signals are closed in each."""
+@pytest.mark.parametrize("namespaces", [True, False])
+def test_the_walls_hold_with_and_without_namespaces(namespaces, monkeypatch, tmp_path):
+    """Files, network, signals, modes and sockets of the host are closed in each."""
     sandbox.close()
-    monkeypatch.setattr(sandbox, "MODES", MODES[mode:])
+    monkeypatch.setattr(sandbox.Worker, "namespaces", namespaces)
     monkeypatch.setattr(sandbox, "MISSING", None)
     try:
         assert sandbox.run("def f(): return 1", ["assert f() == 1"], entry_point="f").passed
-        assert not {"reading files outside", "writing files outside", "network", "signals to other processes", "memory", "new namespaces", "processes that leave their group"} & set(sandbox.MISSING)
-        assert sandbox.IDLE[0].layers["mode"] in MODES[mode:]
+        assert not {
+            "reading files outside",
+            "writing files outside",
+            "network",
+            "signals to other processes",
+            "memory",
+            "new namespaces",
+            "processes that leave their group",
+            "host sockets",
+            "capabilities",
+            "modes and times of files outside",
+        } & set(sandbox.MISSING)
+        assert ("namespaces" in sandbox.MISSING) != sandbox.IDLE[0].layers["namespaces"]
         victim = tmp_path / "file"
-        victim.write_text("x"), os.chmod(victim, 0o640), os.utime(victim, (1, 1)), os.chmod(tmp_path, 0o777)
-        sandbox.run(f"import os\nfor spoil in (lambda p: os.chmod(p, 0), lambda p: os.utime(p, (9, 9)), lambda p: os.setxattr(p, 'user.x', b'y'), lambda p: os.chown(p, -1, os.getgid())):\n"
-                    f"    try: spoil({str(victim)!r})\n    except OSError: pass", ["pass"])
-        assert (os.stat(victim).st_mode & 0o777, os.stat(victim).st_mtime, os.listxattr(victim)) == (0o640, 1, [])
-        beside = attempt("[open(p + '/beside', 'w').close() for p in ('..', '../..', '/tmp')]").replace("def f():", "def f():\n    open('here', 'w').write('x')")
-        assert inside(beside)[0] == "refused" or mode < 2                       # /tmp is the scratch there
+        (
+            victim.write_text("x"),
+            os.chmod(victim, 0o640),
+            os.utime(victim, (1, 1)),
+            os.chmod(tmp_path, 0o777),
+        )
+        sandbox.run(
+            f"import os\nfor spoil in (lambda p: os.chmod(p, 0), lambda p: os.utime(p, (9, 9)), lambda p: os.setxattr(p, 'user.x', b'y'), lambda p: os.chown(p, -1, os.getgid())):\n"
+            f"    try: spoil({str(victim)!r})\n    except OSError: pass",
+            ["import solution"],
+        )
+        assert (
+            os.stat(victim).st_mode & 0o777,
+            os.stat(victim).st_mtime,
+            os.listxattr(victim),
+        ) == (0o640, 1, [])
+        beside = attempt(
+            "[open(p + '/beside', 'w').close() for p in ('..', '../..', '/tmp')]"
+        ).replace("def f():", "def f():\n    open('here', 'w').write('x')")
+        assert inside(beside)[0] == "refused" or namespaces  # /tmp is the scratch there
         assert inside("import os\ndef f(): return os.listdir('.')") == []
-    finally: sandbox.close()
+    finally:
+        sandbox.close()

