@@ -105,7 +105,7 @@ def run_many(jobs, workers=None, on_result=None):
         while todo or busy.get_map():
             while todo and free:
                 go_on(todo.popleft(), free.pop(), None)
-            ready = {key.data for key, _ in busy.select(1)}
+            ready = {key.data for key, _ in busy.select(1)} if busy.get_map() else ()
             for worker in [key.data for key in [*busy.get_map().values()]]:
                 if worker not in ready and time.monotonic() < worker.deadline:
                     continue

@@ -440,7 +440,7 @@ class Job:
         reason, text = self.watch(caller, link)
         status, judge_status, seconds = self.end()
         while (data := os.read(self.output, 1 << 16)) and len(text) < self.kept():
-            text += data  # nobody is left who could write
+            text.extend(data)  # nobody is left who could write
         os.close(self.output)
         if reason == "ended" and (
             seconds > self.cpu or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
@@ -497,7 +497,7 @@ class Job:
 
         The limit counts CPU time, since wall time counts the neighbours; a program that sleeps has a wide limit on wall time.
         """
-        start, text, total, reason = time.monotonic(), b"", 0, None
+        start, text, total, reason = time.monotonic(), bytearray(), 0, None
         clock = (~self.candidate << 3) | 2  # the kernel's number for the CPU clock of this process
         poll, pidfds = (
             select.poll(),
@@ -519,7 +519,7 @@ class Job:
             elif self.output in ready:
                 data = os.read(self.output, 1 << 16)
                 total += len(data)
-                text += data if len(text) < self.kept() else b""
+                text.extend(data if len(text) < self.kept() else b"")
                 if not data:
                     poll.unregister(self.output)  # all have closed their stdout
                 if total > MAX_OUTPUT:

@@ -1,0 +1,446 @@
+"""Styles of real tests: in each, an honest program passes and a subtly wrong one does not."""
+
+import pytest
+import sandbox
+from sandbox import run
+
+# style: (honest program, what is wrong in the other: (text, other text), tests, setup, trust)
+LINKED = "class ListNode:\n    def __init__(self, val=0, next=None): self.val, self.next = val, next\n"
+UNITTEST = "import unittest\nclass T(unittest.TestCase):\n    def test_it(self): self.assertEqual(f(2), 4)\n"
+DOUBLE = ("def f(x): return x * 2", ("* 2", "* 3"))
+STYLES = {
+    # ---- tests that somebody else would run
+    "a test function": (*DOUBLE, "def test_f():\n    assert f(2) == 4", "", "split"),
+    "two of them": (*DOUBLE, "def test_a():\n    assert f(1)\ndef test_b():\n    assert f(2) == 4", "", "split"),
+    "a TestCase": (*DOUBLE, UNITTEST, "", "split"),
+    "a TestCase under main": (*DOUBLE, UNITTEST + "if __name__ == '__main__':\n    unittest.main()", "", "split"),
+    "a TestCase and main": (*DOUBLE, UNITTEST + "unittest.main(exit=False)", "", "split"),
+    "a TestCase in the setup": (*DOUBLE, "x = f(1)", UNITTEST, "split"),
+    "a class of tests": (*DOUBLE, "class TestF:\n    def test_it(self): assert f(2) == 4", "", "split"),
+    "check in the setup": (*DOUBLE, "x = 1", "def check(candidate):\n    assert candidate(2) == 4", "split"),
+    "an async test": (*DOUBLE, "async def test_f():\n    assert f(2) == 4", "", "in_process"),
+    # ---- values
+    "a namedtuple": (
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(a): return P(a, a + 1)",
+        ("a + 1", "a + 2"),
+        "p = f(1)\nassert p.x == 1 and p.y == 2 and p == (1, 2) and p._asdict() == {'x': 1, 'y': 2}",
+        "",
+        "split",
+    ),
+    "a namedtuple of the tests": (
+        "def f(p): return p.x + p.y",
+        ("p.x +", "p.x -"),
+        "assert f(P(1, 2)) == 3",
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')",
+        "split",
+    ),
+    "an enum": (
+        "import enum\nclass C(enum.Enum):\n    A = 1\n    B = 2\ndef f(x): return C(x)",
+        ("C(x)", "C(3 - x)"),
+        "assert f(1) == C.A and f(2).name == 'B' and f(1).value == 1",
+        "",
+        "split",
+    ),
+    "an IntEnum": (
+        "import enum\nclass C(enum.IntEnum):\n    A = 1\n    B = 2\ndef f(x): return C(x)",
+        ("C(x)", "C(3 - x)"),
+        "assert f(1) == 1 and f(1) == C.A and f(2).name == 'B'",
+        "",
+        "split",
+    ),
+    "dict views": (
+        "def f(d): return d.keys(), d.values(), d.items()",
+        ("d.items()", "d.keys()"),
+        "k, v, i = f({'a': 1})\nassert k == {'a'} and list(v) == [1] and i == {('a', 1)}",
+        "",
+        "split",
+    ),
+    "a path": (
+        "from pathlib import Path\ndef f(a): return Path(a) / 'x'",
+        ("'x'", "'y'"),
+        "assert str(f('a')) == 'a/x' and f('a').name == 'x'",
+        "",
+        "split",
+    ),
+    "a time with a zone": (
+        "from datetime import datetime\nfrom zoneinfo import ZoneInfo\ndef f(h): return datetime(2020, 1, 1, h, tzinfo=ZoneInfo('UTC'))",
+        ("1, h", "1, h + 1"),
+        "from datetime import datetime, timezone\nassert f(3) == datetime(2020, 1, 1, 3, tzinfo=timezone.utc)",
+        "",
+        "split",
+    ),
+    "numbers of many digits": (
+        "def f(n): return 7 ** n",
+        ("n)", "n, k=0): return 7 ** n + 1\ndef g(n)"),
+        "assert f(99999) == 7 ** 99999",
+        "",
+        "split",
+    ),
+    # ---- state
+    "a global that a call changes": (
+        "count = 0\ndef f(x):\n    global count\n    count += x",
+        ("+= x", "+= 1"),
+        "assert count == 0\nf(5)\nassert count == 5",
+        "",
+        "split",
+    ),
+    "cache_info": (
+        "import functools\n@functools.cache\ndef f(x): return x * 2",
+        ("@functools.cache\n", "@functools.lru_cache(0)\n"),
+        "f(1), f(1)\nassert f.cache_info().hits == 1",
+        "",
+        "split",
+    ),
+    "identity": ("def f(x): x.append(1); return x", ("return x", "return x[:]"), "a = []\nassert f(a) is a", "", "in_process"),
+    "aliases": (
+        "def f(m): m[0].append(1); return m",
+        ("m[0].append(1)", "m[0] = m[0] + [1]"),
+        "row = []\nassert f([row, row]) == [[1], [1]]",
+        "",
+        "in_process",
+    ),
+    "random numbers with a seed": (
+        "import random\ndef f(): return random.random()",
+        ("random.random()", "random.random() / 2"),
+        "import random\nrandom.seed(3)\nx = random.random()\nrandom.seed(3)\nassert f() == x",
+        "",
+        "in_process",
+    ),
+    "a file of the test": (
+        "def f(p): return open(p).read()",
+        (".read()", ".readline()"),
+        "with open('a', 'w') as h: h.write('x\\ny')\nassert f('a') == 'x\\ny'",
+        "",
+        "in_process",
+    ),
+    "the environment": (
+        "import os\ndef f(): return os.environ['X']",
+        ("['X']", ".get('Y')"),
+        "import os\nos.environ['X'] = '1'\nassert f() == '1'",
+        "",
+        "in_process",
+    ),
+    # ---- exceptions
+    "its own exception": (
+        "class MyError(Exception): pass\ndef f(x):\n    if x < 0: raise MyError('no')",
+        ("raise MyError", "raise ValueError"),
+        "try: f(-1)\nexcept MyError as e: assert str(e) == 'no'\nelse: assert 0",
+        "",
+        "in_process",
+    ),
+    "assertRaises with its own": (
+        "class MyError(Exception): pass\ndef f(x):\n    if x < 0: raise MyError('no')",
+        ("raise MyError", "raise ValueError"),
+        "import unittest\nclass T(unittest.TestCase):\n    def test_it(self): self.assertRaises(MyError, f, -1)",
+        "",
+        "in_process",
+    ),
+    "the name of an exception": (
+        "class Odd(ValueError): pass\ndef f(x): raise Odd(x)",
+        ("raise Odd", "raise ValueError"),
+        "try: f(-1)\nexcept ValueError as e: assert type(e).__name__ == 'Odd' and e.args == (-1,)\nelse: assert 0",
+        "",
+        "split",
+    ),
+    # ---- what the tests hand over
+    "a function by name": ("def f(g): return g(2)", ("g(2)", "g(3)"), "def g(x): return x + 1\nassert f(g) == 3", "", "in_process"),
+    "functions in a list": ("def f(gs): return gs[0](2)", ("(2)", "(3)"), "assert f([lambda x: x + 1]) == 3", "", "in_process"),
+    "a builtin": ("def f(g): return g([1, 2])", ("[1, 2]", "[1]"), "assert f(len) == 2", "", "in_process"),
+    "a partial": (
+        "def f(g): return g(2)",
+        ("g(2)", "g(3)"),
+        "import functools\nassert f(functools.partial(max, 1)) == 2",
+        "",
+        "in_process",
+    ),
+    "a decorator": (
+        "def f(g): return lambda x: g(x) + 1",
+        ("+ 1", "+ 2"),
+        "@f\ndef g(x): return x\nassert g(1) == 2",
+        "",
+        "in_process",
+    ),
+    "nodes of the setup": (
+        "def f(n):\n    s = 0\n    while n: s, n = s + n.val, n.next\n    return s",
+        ("s = 0", "s = 1"),
+        "assert f(ListNode(1, ListNode(2))) == 3",
+        LINKED,
+        "in_process",
+    ),
+    "an iterator": ("def f(it): return sum(it)", ("sum(it)", "len(list(it))"), "assert f(iter([1, 2])) == 3", "", "in_process"),
+    # ---- objects of the candidate
+    "a context manager": (
+        "class f:\n    def __enter__(self): return 5\n    def __exit__(self, *a): pass",
+        ("5", "6"),
+        "with f() as x: assert x == 5",
+        "",
+        "in_process",
+    ),
+    "a deep copy": (
+        "class Box:\n    def __init__(self): self.a = [1]",
+        ("[1]", "[2]"),
+        "import copy\nb = copy.deepcopy(Box())\nassert b.a == [1]",
+        "",
+        "split",
+    ),
+    "an f-string": (
+        "class Box:\n    def __format__(self, s): return 'box' + s",
+        ("'box'", "'bax'"),
+        "assert f'{Box():x}' == 'boxx'",
+        "",
+        "split",
+    ),
+    "vars": ("class Box:\n    def __init__(self): self.a = 1", ("= 1", "= 2"), "assert vars(Box()) == {'a': 1}", "", "in_process"),
+    "reversed": (
+        "class Box:\n    def __reversed__(self): return iter([2, 1])",
+        ("[2, 1]", "[1, 2]"),
+        "assert list(reversed(Box())) == [2, 1]",
+        "",
+        "split",
+    ),
+    "a class under test": (
+        "class UnionFind:\n    def __init__(self): self.p = list(range(9))\n    def find(self, x): return self.p[x]\n"
+        "    def union(self, a, b): self.p[a] = self.p[b]",
+        ("self.p[b]", "b + 1"),
+        "u = UnionFind()\nassert u.find(3) == 3\nu.union(1, 2)\nassert u.find(1) == u.find(2)",
+        "",
+        "split",
+    ),
+    "in a class under test": (
+        "class Trie:\n    def __init__(self): self.w = set()\n    def add(self, w): self.w.add(w)\n"
+        "    def __contains__(self, w): return w in self.w\n    def __len__(self): return len(self.w)",
+        ("in self.w\n", "not in self.w\n"),
+        "t = Trie()\nt.add('a')\nassert 'a' in t and 'b' not in t and len(t) == 1",
+        "",
+        "split",
+    ),
+    "from solution import": (*DOUBLE, "from solution import f\nassert f(2) == 4", "", "in_process"),
+    "threads of the tests": (
+        *DOUBLE,
+        "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(2) as p: assert list(p.map(f, [1, 2])) == [2, 4]",
+        "",
+        "in_process",
+    ),
+    "an array changed in place": (
+        "def f(a): a[0] = 5",
+        ("= 5", "= 6"),
+        "import numpy as np\na = np.zeros(2)\nf(a)\nassert a[0] == 5",
+        "",
+        "split",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_both_verdicts_are_right(style):
+    code, (old, new), test, setup, trust = STYLES[style]
+    if "numpy" in test:
+        pytest.importorskip("numpy")
+    wrong = code.replace(old, new)
+    assert wrong != code
+    name = next((n for n in ("Box", "UnionFind", "Trie") if n in code), "f")
+    jobs = [
+        dict(code=c, tests=[test], setup=setup, entry_point=name, timeout=9.0, memory_mb=2048)
+        for c in (code, wrong)
+    ]
+    good, bad = sandbox.run_many(jobs, 1)
+    assert good.passed and good.trust == trust, good
+    assert not bad.passed, bad
+
+
+# ---- tests that ask nothing, and programs that would pass them
+
+NOTHING = {
+    "no test at all": [],
+    "an empty test": [""],
+    "a comment": ["# assert f(1) == 3"],
+    "a comparison": ["f(1) == 3"],
+    "a comparison in a test function": ["def test_f():\n    f(1) == 3"],
+    "no call": ["assert True"],
+    "a loop over nothing": ["for x in []: assert f(x) == 3"],
+    "a test function with arguments": ["def test_f(fixture):\n    assert f(1) == 3"],
+    "an empty TestCase": ["import unittest\nclass T(unittest.TestCase): pass"],
+    "a skipped test": [
+        "import unittest\nclass T(unittest.TestCase):\n    @unittest.skip('x')\n    def test_it(self): f(1)"
+    ],
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_tests_that_ask_nothing_pass_nobody(name):
+    result = run("def f(x): return 1", NOTHING[name], entry_point="f")
+    assert result.status == "error" and result.error, result
+
+
+def test_check_without_an_entry_point_is_refused():
+    test = "def check(candidate):\n    assert candidate(1) == 2"
+    result = run("def f(x): return 2", [test], entry_point=None)
+    assert result.status == "error" and "entry_point" in result.error
+
+
+# ---- programs that answer something else than data
+
+LIAR = "class L:\n    {}\ndef f(*a): return L()"
+SET = "union = intersection = difference = symmetric_difference = lambda s, *a: set()"
+UNEARNED = {
+    "StopIteration from a method": ("__getattr__ = lambda s, n: next(iter([]))", "assert all(x.a for x in [f(1)])"),
+    "StopIteration from an item": ("__getitem__ = lambda s, n: next(iter([]))", "assert all(map(lambda x: x[0], [f(1)]))"),
+    "StopIteration from len": ("__len__ = lambda s: next(iter([]))", "assert all(map(len, [f(1)]))"),
+    "StopIteration from iter": ("__iter__ = lambda s: next(iter([]))", "assert all(map(list, [f(1)]))"),
+    "assertSetEqual": (
+        SET,
+        "import unittest\nclass T(unittest.TestCase):\n    def test_it(self): self.assertSetEqual(f(1), {48611})",
+    ),
+    "union": (SET, "assert f(1).difference({48611}) == set()"),
+    "find": ("find = lambda s, x: 0", "assert f(1).find('abc') == 0"),
+    "count": ("count = lambda s, x: 1", "assert f(1).count('abc') == 1"),
+    "index": ("index = lambda s, x: 0", "assert f(1).index(48611) == 0"),
+    "replace": ("replace = lambda s, *a: ''", "assert f(1).replace('abc', '') == ''"),
+    "Decimal.compare": ("compare = lambda s, x: 0", "from decimal import Decimal\nassert f(1).compare(Decimal(3)) == 0"),
+    "a length over nothing": (
+        "__len__ = lambda s: 3\n    __iter__ = lambda s: iter([])",
+        "x = f(1)\nassert len(x) == 3 and all(a == b for a, b in zip(x, [1, 2, 3]))",
+    ),
+    "nothing, and a length": (
+        "__len__ = lambda s: 3\n    __iter__ = lambda s: iter([])",
+        "x = f(1)\nassert all(a == b for a, b in zip(x, [1, 2, 3])) and len(x) == 3",
+    ),
+    "assertAlmostEqual": (
+        "__sub__ = __rsub__ = lambda s, x: 0.0\n    __abs__ = lambda s: 0.0",
+        "import unittest\nclass T(unittest.TestCase):\n    def test_it(self): self.assertAlmostEqual(f(1), 3.5)",
+    ),
+    "assertIn": (
+        "__contains__ = lambda s, x: True",
+        "import unittest\nclass T(unittest.TestCase):\n    def test_it(self): self.assertIn(3, f(1))",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNEARNED)
+def test_no_pass_for_an_object_where_data_is_due(name):
+    body, test = UNEARNED[name]
+    result = run(LIAR.format(body), [test], entry_point="f")
+    assert not result.passed and result.trust == "split", result
+
+
+RUN_ANSWERS = {
+    "pickle": ("import pickle\nassert pickle.loads(f()) == 3", "b'cbuiltins\\neval\\n(S\"3\"\\ntR.'"),
+    "marshal": ("import marshal\nassert marshal.loads(f()) == 3", "__import__('marshal').dumps(4)"),
+    "eval": ("assert eval(f()) == 4", "'3'"),
+    "exec": ("exec(f())\nassert x == 4", "'x = 3'"),
+    "compile": ("c = compile(f(), 'x', 'eval')\nassert c.co_code == b''", "'3'"),
+}
+
+
+@pytest.mark.parametrize("name", RUN_ANSWERS)
+def test_tests_that_run_answers_run_beside_the_candidate(name):
+    test, value = RUN_ANSWERS[name]
+    assert run(f"def f(): return {value}", [test], entry_point="f").trust == "in_process"
+
+
+def test_a_judge_that_has_fallen_has_no_rights_and_no_future():
+    """Tests that hand an answer to something like `eval` by another name: J stands behind the same walls, for one job."""
+    probe = (
+        "import random\nsystem = random._os\nassert f() == 1\nassert system.getuid() != 0\n"
+        "for p in ['/etc/passwd', '/proc/1/environ', '/home', '/usr/bin']:\n"
+        "    try: system.stat(p)\n    except OSError: pass\n    else: assert 0, p\n"
+        "for p in (1, system.getppid()):\n    try: system.kill(p, 9)\n    except OSError: pass"
+    )
+    for _ in range(2):
+        result = run("def f(): return 1", [probe], entry_point="f")
+        assert result.passed and result.trust == "split", result
+
+
+def test_answers_never_decide_where_the_tests_run():
+    tests = ["r = f(1)\ng(r)\nassert g(r) == 2"]
+    for value in ("[1]", "object()", "(x for x in [1])", "lambda: 1", "ValueError()", "open('/dev/null')", "10 ** 9999999"):
+        code = f"def f(x): return {value}\ndef g(x): return 3"
+        assert run(code, tests, entry_point="f").trust == "split", value
+    raised = "def f(x): raise KeyError(x)\ndef g(e): return 3"
+    test = "try: f(1)\nexcept Exception as e: assert g(e) == 2"
+    assert run(raised, [test], entry_point="f").trust == "split"
+
+
+# ---- programs that read stdin
+
+SUM = "import sys\nprint(sum(map(int, sys.stdin.read().split())))"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        SUM,
+        "print(int(input()) + int(input()))",
+        "print(sum(int(line) for line in open(0)))",
+        "import sys\nif __name__ == '__main__':\n    for line in [sum(map(int, sys.stdin))]: sys.stdout.write(str(line))",
+        "import os\nos.write(1, str(sum(map(int, os.read(0, 99).split()))).encode())",
+        "import sys\nprint(sum(map(int, sys.stdin.buffer.readlines())), end='  \\n\\n')",
+        "import atexit, io, sys\nout = io.StringIO()\natexit.register(lambda: sys.stdout.write(out.getvalue()))\nout.write(str(int(input()) + int(input())))",
+        "print(int(input()) + int(input()))\nraise SystemExit",
+        "print(float(int(input()) + int(input())))",
+    ],
+)
+def test_a_program_that_reads_stdin(code):
+    tests = [{"input": "1\n2\n", "output": "3\n"}, {"input": "20\n22", "output": "42"}]
+    result = run(code, tests)
+    assert result.passed and result.passed_tests == 2 and result.trust == "split", result
+    wrong = run(code, [tests[0], {"input": "1\n1\n", "output": "3"}])
+    assert (wrong.status, wrong.passed_tests) == ("failed", 1)
+
+
+@pytest.mark.parametrize(
+    "code, status",
+    [
+        ("print(3)\n1 / 0", "error"),
+        ("print(3)\nraise SystemExit(1)", "error"),
+        ("print(", "syntax"),
+        ("while True: pass", "timeout"),
+        ("x = bytearray(1 << 33)", "memory"),
+        ("while True: print('x' * 10000)", "output"),
+        ("print(4)", "failed"),
+        ("", "failed"),
+        ("print('3', 0)", "failed"),
+    ],
+)
+def test_what_became_of_a_program_that_reads_stdin(code, status):
+    result = run(code, [{"input": "", "output": "3"}], timeout=0.5)
+    assert result.status == status and not result.passed, result
+
+
+@pytest.mark.parametrize(
+    "expected, output, same",
+    [
+        ("1 2\n3", "1 2  \n3\n\n", True),
+        ("1.0", "1", True),
+        ("1e3", "1000", True),
+        ("0.10", ".1", False),
+        ("1 2", "1  2", True),
+        ("12", "1 2", False),
+        ("a\nb", "a b", False),
+        ("007", "7", False),
+        ("1.5", "1.50000001", False),
+        ("yes", "Yes", False),
+        ("", "\n\n", True),
+        ("nan", "NaN", False),
+    ],
+)
+def test_outputs_that_are_the_same(expected, output, same):
+    assert sandbox.judge.same_output(expected, output) == same
+
+
+def test_many_large_inputs():
+    """Limits on size are per test: a hundred tests of 100 kB each."""
+    line = "1 " * 50000
+    result = run(SUM, [{"input": line, "output": "50000"}] * 100)
+    assert result.passed and result.passed_tests == 100, result
+
+
+def test_a_job_may_take_ten_times_the_limit_of_a_test():
+    code = "import time\nwhile time.process_time() < 0.25: pass\nprint(1)"
+    result = run(code, [{"input": "", "output": "1"}] * 20, timeout=0.3)
+    assert result.status == "timeout" and 8 <= result.passed_tests < 20, result
+
+
+def test_each_run_of_a_program_is_new():
+    code = "import os\nprint(os.path.exists('a'), input())\nopen('a', 'w').write('x')"
+    assert run(code, [{"input": str(i), "output": f"False {i}"} for i in range(4)]).passed
