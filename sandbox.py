@@ -558,7 +558,7 @@ def parses(code):
     )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)
 def parse(code):
     try:
         return ast.parse(code)
@@ -619,18 +619,19 @@ def forms(prefix, code, name):
     """The ways in which code can go on from the prefix, the likely ones first."""
     start = complete_part(prefix)
     rest = prefix[len(start) :]
+    body = textwrap.dedent(code)
+    header = re.search(r"^class\b.*:[ \t]*\n", rest, re.M)
+    method = re.findall(r"^[ \t]+(?:async )?def (\w+)", rest, re.M)[-1:]
+    if header and method and looks_defined(body, method[0]):
+        yield start + rest[: header.end()] + textwrap.indent(body, "    ")
     if looks_defined(code, name) or not prefix:
         yield start + code
     yield prefix + code  # its body
     yield prefix.rstrip(" \t") + code  # its body, with the indent that the prefix has already begun
     yield start + code
-    body = textwrap.dedent(code)
     indents = {len(line) - len(line.lstrip(" ")) for line in rest.splitlines() if line.strip()}
-    for indent in sorted({max(indents, default=0) + 4, 4}, reverse=True):
+    for indent in {max(indents, default=0) + 4: 0, 4: 0}:
         yield prefix.rstrip() + "\n" + textwrap.indent(body, " " * indent)
-    header = re.search(r"^class\b.*:[ \t]*\n", rest, re.M)
-    if header:  # a method of the class that the prefix opens
-        yield start + rest[: header.end()] + textwrap.indent(body, "    ")
 
 
 def assemble(prefix, code, name):
@@ -664,18 +665,33 @@ def with_helpers(code, blocks):
 
 def longest_program(prefix, code, name):
     """The longest run of lines that makes a program with the entry point: words before and after code go."""
-    lines = code.splitlines()
+    lines = code.splitlines() if code.strip() else []
     starts = [
         n
         for n, line in enumerate(lines)
-        if re.match(r"(def|class|import|from|@|async def)\b|@|[ \t]+\S", line)
+        if re.match(r"(def|class|import|from|async def)\b|@|[ \t]+\S", line)
     ]
     for start in [0, *starts][:3]:
-        for end in range(len(lines), max(start, len(lines) - 200), -1):
-            if lines[end - 1].strip():
-                whole = assemble(prefix, "\n".join(lines[start:end]) + "\n", name)
-                if whole and defines(whole, name):
-                    return whole
+        end = len(lines)
+        for _ in range(20):  # up to the first line that is no Python, as the parser sees it
+            part = "\n".join(lines[start:end]) + "\n"
+            whole = assemble(prefix, part, name)
+            if whole and defines(whole, name):
+                return whole
+            before = complete_part(prefix) if looks_defined(part, name) else prefix
+            end = min(end - 1, start + error_line(before + part) - 1 - before.count("\n"))
+            if end <= start:
+                break
+
+
+def error_line(code):
+    try:
+        ast.parse(code)
+    except SyntaxError as error:
+        return error.lineno or 0
+    except Exception:
+        return 0
+    return code.count("\n") + 1
 
 
 def join(prefix, code, name):

@@ -5,7 +5,9 @@ import sandbox
 from sandbox import run
 
 # style: (honest program, what is wrong in the other: (text, other text), tests, setup, trust)
-LINKED = "class ListNode:\n    def __init__(self, val=0, next=None): self.val, self.next = val, next\n"
+LINKED = (
+    "class ListNode:\n    def __init__(self, val=0, next=None): self.val, self.next = val, next\n"
+)
 UNITTEST = "import unittest\nclass T(unittest.TestCase):\n    def test_it(self): self.assertEqual(f(2), 4)\n"
 DOUBLE = ("def f(x): return x * 2", ("* 2", "* 3"))
 STYLES = {
@@ -324,7 +326,10 @@ def test_no_pass_for_an_object_where_data_is_due(name):
 
 
 RUN_ANSWERS = {
-    "pickle": ("import pickle\nassert pickle.loads(f()) == 3", "b'cbuiltins\\neval\\n(S\"3\"\\ntR.'"),
+    "pickle": (
+        "import pickle\nassert pickle.loads(f()) == 3",
+        "b'cbuiltins\\neval\\n(S\"3\"\\ntR.'",
+    ),
     "marshal": ("import marshal\nassert marshal.loads(f()) == 3", "__import__('marshal').dumps(4)"),
     "eval": ("assert eval(f()) == 4", "'3'"),
     "exec": ("exec(f())\nassert x == 4", "'x = 3'"),
@@ -353,7 +358,15 @@ def test_a_judge_that_has_fallen_has_no_rights_and_no_future():
 
 def test_answers_never_decide_where_the_tests_run():
     tests = ["r = f(1)\ng(r)\nassert g(r) == 2"]
-    for value in ("[1]", "object()", "(x for x in [1])", "lambda: 1", "ValueError()", "open('/dev/null')", "10 ** 9999999"):
+    for value in (
+        "[1]",
+        "object()",
+        "(x for x in [1])",
+        "lambda: 1",
+        "ValueError()",
+        "open('/dev/null')",
+        "10 ** 9999999",
+    ):
         code = f"def f(x): return {value}\ndef g(x): return 3"
         assert run(code, tests, entry_point="f").trust == "split", value
     raised = "def f(x): raise KeyError(x)\ndef g(e): return 3"

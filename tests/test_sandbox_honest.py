@@ -292,7 +292,11 @@ def test_honest_answers_of_objects(code, test):
 
 def test_calls_come_once_and_in_order():
     code = "calls = []\ndef f(x): calls.append(x); return len(calls)"
-    tests = ["assert f(1) == 1", "y = f(2)\nassert y == 2", "for i in range(3): assert f(i) == 3 + i"]
+    tests = [
+        "assert f(1) == 1",
+        "y = f(2)\nassert y == 2",
+        "for i in range(3): assert f(i) == 3 + i",
+    ]
     assert sandbox.run(code, [*tests, "assert f(9) == 6"], entry_point="f").passed
     log = ["assert f(1) == 1", "assert f([2]) == 2", "assert log() == calls == [1, [2]]"]
     assert sandbox.run(code + "\ndef log(): return calls", log, entry_point="f").passed
