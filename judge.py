@@ -1,16 +1,18 @@
-"""Who holds the tests and who compares. Used by sandbox.py; the processes are forked by walls.py.
+"""Who holds the tests and who compares. Used by sandbox.py; walls.py forks the processes.
 
-    caller ── code, tests ──> J  holds the tests and expected values, calls the candidate, compares with its own builtins
+    caller ── code, tests ──> J  holds the tests, asks the candidate, compares with its own builtins
        ^                      │  requests: "call f with these values"; replies: plain data, as JSON
-       └───── verdict ────────┤
+       └────── verdict ───────┤
                               └──> U  holds the candidate's code, and nothing else
 
-What U answers is data: it can be wrong, and it is never a verdict. What is no plain data (a class under test, a
-generator) stays in U, and J holds a Proxy for it, which the tests may ask, but which never equals plain data.
-J and U are new for each job, and J stands behind the same walls, since tests may do anything with what U answers.
+What U answers is data: it can be wrong, and it is never a verdict. What is no plain data (a class
+under test, a generator) stays in U. J holds a Proxy for it, which never equals plain data.
+J and U are new for each job. J stands behind the same walls, since tests may do anything with an
+answer.
 
-Tests that need the candidate in their own process say so in their text (they pass functions, redirect stdout, seed its
-random numbers; `why_one_process`). They run beside it in U, a weaker word, and the Result says `trust="in_process"`.
+Some tests need the candidate in their own process: they pass functions, redirect stdout, seed its
+random numbers. Their text says so (`why_one_process`), or J finds that it cannot send what they
+made. They run beside the candidate in U, a weaker word: the Result says `trust="in_process"`.
 What a candidate answers never leads there.
 """
 
@@ -24,19 +26,18 @@ import functools
 import json
 import marshal
 import operator
-import os
 import random
 import re
 import socket
 import sys
 import warnings
 from decimal import Decimal
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 
 MAX_MESSAGE = 16 << 20  # bytes of one message between J and U
 MAX_DEPTH = 200  # nesting of one value
 
-# ---------------------------------------------------------------- values on the wire: JSON with own tags, no pickle
+# ---------------------------------------- values on the wire: JSON with own tags, no pickle
 
 LARGE = 1 << 10000  # beyond it decimal digits take too long
 ATOMS = {int, float, str, bool, type(None)}
@@ -72,7 +73,7 @@ def text(x, base):
     return [base.__str__(x)]
 
 
-# Type: function that gives the arguments which make x again. It asks the base class, never an override.
+# type: the arguments that make x again, asked of the base class, never of an override
 SHAPES = {
     "tuple": content,
     "set": content,
@@ -110,7 +111,10 @@ SHAPES = {
 
 
 def pack(x, other, depth=0):
-    """Make JSON of x: atoms and lists as they are, the rest {type: arguments}; other(x) stands for what is no plain data."""
+    """Make JSON of x: atoms and lists as they are, the rest as {type: arguments}.
+
+    other(x) stands for what is no plain data.
+    """
     kind = type(x)
     if kind is int and not -LARGE < x < LARGE:
         return {"int": hex(x)}
@@ -200,9 +204,9 @@ def member(class_name, name, value):
 
 
 def wide_numpy(numpy, name, parts):
-    """An array or number of numpy, never of a narrow float: numpy rounds what it is compared with to that type.
+    """An array or number of numpy, never of a narrow float.
 
-    float16("inf") == 70000 is true, and so is float32(62.83) == 62.830000000000005.
+    Numpy rounds what it is compared with to that type: float16("inf") == 70000 is true.
     """
     if name == "generic":
         x = numpy.dtype(parts[0]).type(parts[1])
@@ -254,11 +258,11 @@ def read_exactly(sock, size):
     return data
 
 
-# ---------------------------------------------------------------- U: runs the candidate and answers J
+# ---------------------------------------- U: runs the candidate and answers J
 
 
 def make_module(code):
-    """The module of the candidate, as `solution` and as `__main__` (for inspect, pickle and dataclasses)."""
+    """The candidate's module, as `solution` and as `__main__` (for pickle and dataclasses)."""
     module = type(sys)("solution")
     module.__file__ = "solution.py"
     module.__loader__ = SimpleNamespace(get_source=lambda name: code)
@@ -280,7 +284,7 @@ def load(code, module):
 
 
 def describe(error):
-    """One line about an exception, with the candidate's line and in the candidate's words where it comes from there."""
+    """One line about an exception, with the line of the candidate where it comes from there."""
     trace, place = error.__traceback__, ""
     while trace:
         if trace.tb_frame.f_code.co_filename == "solution.py":
@@ -297,10 +301,12 @@ def builtin_classes(error):
     return [c.__name__ for c in type(error).__mro__ if vars(builtins).get(c.__name__) is c]
 
 
-ACTIONS = {name: getattr(operator, f"__{name}__") for name in """lt le gt ge eq add sub mul truediv floordiv mod pow
-    and or xor matmul abs neg contains getitem setitem delitem""".split()} | {
-    name: getattr(builtins, name) for name in """bool len int float round iter next str repr hash format reversed
-    getattr setattr isinstance issubclass""".split()}  # fmt: skip
+OPERATORS = """lt le gt ge eq add sub mul truediv floordiv mod pow and or xor matmul abs neg
+    contains getitem setitem delitem"""
+FUNCTIONS = """bool len int float round iter next str repr hash format reversed getattr setattr
+    isinstance issubclass"""
+ACTIONS = {name: getattr(operator, f"__{name}__") for name in OPERATORS.split()}
+ACTIONS |= {name: getattr(builtins, name) for name in FUNCTIONS.split()}
 ACTIONS |= {
     "call": lambda f, /, *args, **kwargs: f(*args, **kwargs),
     "method": lambda x, name, /, *args, **kwargs: getattr(x, name)(*args, **kwargs),
@@ -330,7 +336,7 @@ class Answers:
         self.names, self.objects, self.keys = module.__dict__, {}, {}
 
     def find(self, key):
-        """The object behind a handle: a global name (as it is now), or an object that was answered before."""
+        """The object behind a handle: a global name as it is now, or an object answered before."""
         if key.startswith("g:"):
             if key[2:] not in self.names:
                 raise NameError(f"name {key[2:]!r} is not defined")
@@ -345,7 +351,7 @@ class Answers:
         return {"h": key}
 
     def serve(self, sock, flush):
-        stream = open(sock.fileno(), "rb", 1 << 16, closefd=False)
+        stream = sock.makefile("rb", 1 << 16)
         while True:
             number, action, args, kwargs = receive(stream)
             try:
@@ -375,7 +381,7 @@ class Answers:
             sock.sendall(reply)
 
 
-# ---------------------------------------------------------------- J: asks U, and compares
+# ---------------------------------------- J: asks U, and compares
 
 
 class Gone(BaseException):
@@ -383,7 +389,7 @@ class Gone(BaseException):
 
 
 class CannotSend(BaseException):
-    """The tests have made something that cannot be sent: they need the candidate in their own process."""
+    """The tests have made something that cannot be sent, so they need one process."""
 
 
 CHANGES = {
@@ -406,7 +412,7 @@ class Remote:
 
     def __init__(self, sock, methods=()):
         self.sock, self.methods = sock, methods
-        self.stream = open(sock.fileno(), "rb", 1 << 16, closefd=False)
+        self.stream = sock.makefile("rb", 1 << 16)
         self.number = 0  # of the last request
         self.over = (
             None  # Gone or CannotSend: asked after each test, since an `except:` may have hidden it
@@ -432,10 +438,10 @@ class Remote:
         return Proxy(self, key)
 
     def refuse(self, x):
-        """What stands for something that is no plain data: the key of a Proxy, or the end of the attempt to send."""
+        """Send the key of a Proxy; give up on anything else that is no plain data."""
         if type(x) is Proxy:
             return {"h": x._key}
-        # An exception or an array can come from what the candidate answered, which must not decide how the tests run.
+        # These can come from what the candidate answered, which must not decide how the tests run.
         if isinstance(x, BaseException) or type(x).__module__ == "numpy":
             raise TypeError(f"the tests pass a {type(x).__name__}, which cannot be sent")
         self.stop(CannotSend(f"pass a {type(x).__name__}"))
@@ -469,7 +475,7 @@ class Remote:
             raise RuntimeError(f"the candidate's reply makes no sense: {error!r}") from None
 
     def error(self, action, name, classes, text, args=None):
-        """An exception of U: of the first of its classes that is a builtin one and takes the arguments, by U's own name."""
+        """An exception of U: its first builtin class that takes the arguments, by U's own name."""
         arguments = unpack(args, self.handle) if args is not None else None
         arguments = arguments if type(arguments) is tuple else (str(text),)
         for known in [*map(str, classes), "RuntimeError"]:
@@ -489,7 +495,7 @@ class Remote:
 
 
 def change(old, new):
-    """`new`, but as the container `old` where it is of the same type, nested ones, too: every name for them sees the change."""
+    """`new`, but as the container `old` where it is of that type: every name sees the change."""
     if type(old) is not type(new):
         return new
     if type(old) is list:
@@ -522,11 +528,11 @@ DATA_METHODS = {
 
 
 class Proxy:
-    """An object that stays in U. It never equals plain data, and the tests alone, not a library, may ask its methods.
+    """An object that stays in U. It never equals plain data, and no library may ask its methods.
 
-    A class under test and its objects (`Stack().push(1)`: the tests name it, with a capital letter) answer for
-    themselves. What a function gave where data was due may be iterated, called and read, but it computes nothing
-    with what the tests hold.
+    A class under test and its objects answer for themselves (`Stack().push(1)`: the tests name it,
+    with a capital letter). What a function gave where data was due may be iterated, called and
+    read, but it computes nothing with what the tests hold.
     """
 
     def __init__(self, remote, key):
@@ -575,13 +581,22 @@ class Proxy:
         return hash(self._remote.ask("hash", self))  # the bucket only; __eq__ decides
 
     def __iter__(self):
-        return Iterator(self, self._remote.ask("iter", self))
+        iterator, count = self._remote.ask("iter", self), 0
+        while True:
+            try:
+                value = self._remote.ask("next", iterator)
+            except StopIteration:
+                break
+            count += 1
+            yield value
+        if iterator != self:  # an iterator only goes on
+            self._count(count)
 
     def __len__(self):
         return self._count(self._remote.ask("len", self))
 
     def _count(self, length):
-        """A length has to be what iteration yields: or `len(x) == 3` and an empty `zip(x, expected)` would both hold."""
+        """Refuse a length that iteration does not yield: 3, and zip(x, expected) is empty."""
         if self._remote.lengths.setdefault(self._key, length) != length:
             raise TypeError("the length of the candidate's object is not what it yields")
         return length
@@ -610,26 +625,6 @@ class Proxy:
         return self._own(self._remote.ask("deepcopy", self))
 
 
-class Iterator:
-    """An iterator of U in the hands of J, which counts what it yields."""
-
-    def __init__(self, proxy, iterator):
-        self.proxy, self.iterator, self.count = proxy, iterator, 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        try:
-            value = self.proxy._remote.ask("next", self.iterator)
-        except StopIteration:
-            if self.iterator != self.proxy:  # not an iterator itself, which only goes on
-                self.proxy._count(self.count)
-            raise
-        self.count += 1
-        return value
-
-
 def forward(action, under_test=False):
     def ask(self, *args):
         if under_test and not self._under_test:
@@ -640,7 +635,7 @@ def forward(action, under_test=False):
 
 
 def arithmetic(action, swapped=False):
-    """Between two objects of U; with plain data only for a class under test, and only to give another object.
+    """Between two objects of U; with plain data for a class under test, to give another object.
 
     `abs(f(x) - 3.5) < 1e-6`: an object that answers 0.0 to `-` or to abs() would pass.
     """
@@ -658,19 +653,18 @@ def arithmetic(action, swapped=False):
     return ask
 
 
-for _name in "getitem setitem delitem next str repr format reversed".split():
+for _name in ("getitem", "setitem", "delitem", "next", "str", "repr", "format", "reversed", "bool"):
     setattr(Proxy, f"__{_name}__", forward(_name))
-setattr(Proxy, "__bool__", forward("bool"))
-for _name in "int float abs neg round".split():
+for _name in ("int", "float", "abs", "neg", "round"):
     setattr(Proxy, f"__{_name}__", forward(_name, under_test=True))
-for _name in "lt le gt ge add sub mul truediv floordiv mod pow and or xor matmul".split():
+for _name in OPERATORS.split()[:4] + OPERATORS.split()[5:16]:  # without eq
     setattr(Proxy, f"__{_name}__", arithmetic(_name))
-for _name in "add mul truediv".split():
+for _name in ("add", "mul", "truediv"):
     setattr(Proxy, f"__r{_name}__", arithmetic(_name, swapped=True))
 
 
 class Names(dict):
-    """The global names of the tests. Those of the candidate that are no functions are read anew each time."""
+    """The tests' global names; the candidate's, unless they are functions, are read each time."""
 
     def __missing__(self, name):
         if name not in self.read:
@@ -679,7 +673,7 @@ class Names(dict):
 
 
 def environment(plan, remote):
-    """The tests' global names: the library's, and Proxies for the candidate's. A missing `sum` of a candidate is not ours."""
+    """The tests' names: the library's and the candidate's; its missing `sum` is not the builtin."""
     env = {"__name__": "tests", "run_case": run_case}
     if read := set(plan["names"]) - set(plan["called"]):
         env = Names(env)
@@ -689,37 +683,36 @@ def environment(plan, remote):
     for name in plan["called"]:
         env[name] = Proxy(remote, "g:" + name)
     for name, module in plan["library"]:
-        try:
+        with contextlib.suppress(ImportError):
             env[name] = getattr(__import__(module), name) if name in LIBRARY else __import__(module)
-        except ImportError:
-            pass
     return env
 
 
-# ---------------------------------------------------------------- what the text of the tests says about them
+# ---------------------------------------- what the text of the tests says about them
 
 # Modules whose results are plain data. Tests that import others run in one process.
-MODULES = set("""math cmath re sys random string itertools functools collections operator copy datetime decimal
-    fractions heapq bisect statistics time json typing numbers array struct hashlib calendar numpy textwrap unittest
-    ast zoneinfo base64 binascii unicodedata difflib uuid""".split())  # fmt: skip
-# What tests use that have to meet the candidate in its own process, or that could run what it answers.
-SHARED = set("""redirect_stdout redirect_stderr patch mock StringIO stdout stdin stderr capsys monkeypatch asyncio
-    globals locals vars eval exec open input environ seed setstate setrecursionlimit getcontext setcontext localcontext
-    modules allow_pickle __import__ __dict__ __globals__""".split())  # fmt: skip
-# Names that tests use without importing them, as candidates often have them: they are the library's.
-LIBRARY = dict.fromkeys("isclose sqrt ceil floor gcd pi inf nan".split(), "math") | {
-    "deepcopy": "copy",
-    "Decimal": "decimal",
-    "Fraction": "fractions",
-    **dict.fromkeys("Counter defaultdict OrderedDict deque namedtuple".split(), "collections"),
-}
+PLAIN = """math cmath re sys random string itertools functools collections operator copy datetime
+    decimal fractions heapq bisect statistics time json typing numbers array struct hashlib calendar
+    numpy textwrap unittest ast zoneinfo base64 binascii unicodedata difflib uuid"""
+MODULES = set(PLAIN.split())
+# What needs the candidate in the same process, or could run what it answers.
+WORDS = """redirect_stdout redirect_stderr patch mock StringIO stdout stdin stderr capsys
+    monkeypatch asyncio globals locals vars eval exec open input environ seed setstate setrecursionlimit
+    getcontext setcontext localcontext modules allow_pickle __import__ __dict__ __globals__"""
+SHARED = set(WORDS.split())
+# Names that tests use without an import, since candidates have them: they are the library's.
+LIBRARY = {"deepcopy": "copy", "Decimal": "decimal", "Fraction": "fractions"}
+LIBRARY |= dict.fromkeys(("isclose", "sqrt", "ceil", "floor", "gcd", "pi", "inf", "nan"), "math")
+LIBRARY |= dict.fromkeys(
+    ("Counter", "defaultdict", "OrderedDict", "deque", "namedtuple"), "collections"
+)
 
 
 @functools.lru_cache(maxsize=1024)
 def plan(setup, tests, entry_point):
-    """What these tests are and need, from their text alone: kept by the caller for the next candidate.
+    """What these tests are and need, from their text alone. The caller keeps it for other programs.
 
-    Returns: dict of what J needs (`codes`, marshalled with the job), and `why`: why they need one process, or "".
+    Returns: dict of what J needs, and `why`: why they need one process, or "".
     Raises ValueError or SyntaxError where the tests cannot be run or test nothing.
     """
     sources = [setup, *tests]
@@ -780,7 +773,7 @@ def first_name(entry_point):
 
 
 def refuse_empty(tree):
-    """Refuse a test that can never fail by what it says: nothing at all, or a comparison without an assert."""
+    """Refuse a test that says nothing, or only compares."""
     body = [
         n for n in tree.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
     ]
@@ -796,7 +789,7 @@ def refuse_empty(tree):
 
 
 def call_what_nobody_calls(trees, entry_point):
-    """Add the calls that a test runner would make: check(entry_point), test functions, classes of tests."""
+    """Add a test runner's calls: check(entry_point), test functions, classes of tests."""
     called = {
         n.func.id
         for t in trees
@@ -846,7 +839,7 @@ def runs_unittest(node):
 
 
 def why_one_process(nodes, names, bound):
-    """What these tests do that takes the candidate in their own process, if anything. `bound` are names of their own."""
+    """What these tests do that takes the candidate in their own process, or ""."""
 
     def words(*within):
         return {n.id for node in within for n in ast.walk(node) if isinstance(n, ast.Name)}
@@ -922,8 +915,10 @@ def is_constant(node):
 
 
 def same_output(expected, output):
-    """Whether a program's stdout is what a test expects: blanks at the ends of lines and blank lines at the end aside,
-    and numbers as numbers where they are written in another form (1.0 for 1)."""
+    """Whether a program's stdout is what a test expects.
+
+    Blanks at the end of lines and blank lines at the end aside; 1.0 for 1 is the same.
+    """
     expected, output = (
         [line.rstrip() for line in text.rstrip().splitlines()] for text in (expected, output)
     )
@@ -951,11 +946,11 @@ def same_word(word, found):
     return Decimal(word) == Decimal(found)
 
 
-# ---------------------------------------------------------------- running the tests
+# ---------------------------------------- running the tests
 
 
 def run_case(case):
-    """Run a class of tests: a unittest.TestCase, or a class with test methods as pytest has them."""
+    """Run a class of tests, of unittest or as pytest has them."""
     import unittest
 
     names = [name for name in dir(case) if name.startswith("test")]
@@ -980,8 +975,10 @@ def run_case(case):
 def run_tests(
     codes, env, over, say, exec=exec, Failed=AssertionError, Any=BaseException, describe=describe
 ):
-    """Run the compiled setup and tests in env, and say what came of each test. The same loop in J and in U, where our tools
-    are arguments, so that builtins which the candidate has replaced are at least not ours."""
+    """Run the compiled setup and tests in env, and say what came of each test.
+
+    The same loop in J and in U. Our tools are arguments: a candidate in U can replace builtins.
+    """
     setup, *tests = codes
     said_first = False
     for number, test in enumerate(tests):
@@ -1001,9 +998,10 @@ def run_tests(
 
 
 def judge(size, line, link):
-    """All of J: take the job from the caller, hand the code on to U, run the tests, and say what came of each.
+    """All of J: take the job from the caller, hand the code on to U, run the tests.
 
-    One line for each test: 1, or [status, error] of the first that fails, or 0; then the number of requests.
+    It says a line for each test: 1, [status, error] of the first that fails, 0 of others.
+    Then the number of requests, and the token that shows that all has been said.
     """
     caller, sock = socket.socket(fileno=line), socket.socket(fileno=link)
     job = marshal.loads(read_exactly(caller, size))
@@ -1029,7 +1027,7 @@ def judge(size, line, link):
 
 
 def run_together(size, line):
-    """All of U where tests and candidate share it. The token is no proof, but a word that has to be looked for."""
+    """All of U where tests and candidate share it: here the token is no proof."""
     caller = socket.socket(fileno=line)
     job = marshal.loads(read_exactly(caller, size))
     module = make_module(job["code"])
@@ -1046,7 +1044,7 @@ def run_together(size, line):
 
 
 def run_program(size, line):
-    """All of U for a program that reads stdin: run it as __main__, as the interpreter would, to its end. Returns its exit code."""
+    """All of U for a program that reads stdin: run it as the interpreter would."""
     import atexit
     import threading
 
@@ -1070,37 +1068,3 @@ def run_program(size, line):
     if failure:
         caller.sendall(message({"failure": failure}))
     return exit_code & 255
-
-
-def rehearse(times=20):
-    """Play J, U and both in one, in Z: or each fork would be the first to run this code, which costs a millisecond and
-    fifty pages that it does not share."""
-    code = "def f(x):\n    return [x]\n"
-    job = plan("", ("assert f(1) == [1]",) * 8, "f") | {
-        "code": code,
-        "seed": "",
-        "token": "",
-        "why": "",
-    }
-    data = marshal.dumps(job)
-    for play_judge in (True, False):
-        jobs = [(socket.socketpair(), socket.socketpair()) for _ in range(times)]
-        pid = os.fork()
-        for (caller, line), (link, other) in jobs:
-            if (pid == 0) == play_judge:
-                link.close()  # or it would not see the judge's end
-                with contextlib.suppress(EOFError):
-                    answer(0, other.detach())
-            else:
-                other.close()
-                caller.sendall(data)
-                judge(len(data), line.detach(), link.detach())
-        if pid == 0:
-            os._exit(0)
-        os.waitpid(pid, 0)
-    for _ in range(times):
-        caller, line = socket.socketpair()
-        with caller, line:
-            caller.sendall(data)
-            run_together(len(data), os.dup(line.fileno()))
-    random.seed()

@@ -1,23 +1,24 @@
-"""Run untrusted Python programs against tests: fast, and no program gets a pass that it has not earned.
+"""Run untrusted Python programs against tests. No program gets a pass that it has not earned.
 
     from sandbox import run, run_many
     run("def add(a, b): return a + b", ["assert add(1, 2) == 3"], entry_point="add").passed  # True
 
-    python sandbox.py PROBLEMS.jsonl SAMPLES.jsonl -o OUT.jsonl  # OUT: the samples with their verdicts
+    python sandbox.py PROBLEMS.jsonl SAMPLES.jsonl -o OUT.jsonl  # the samples with their verdicts
 
-The verdict is a reward, and a policy trained on it searches it for holes. So the tests never meet the candidate:
+The verdict is a reward, and a policy trained on it searches it for holes. So the tests never meet
+the candidate:
 
     this file ── spawns a worker for each core, hands it one job at a time (sandbox.py)
         │
-        ├──> Z  forks for each job, enforces its limits, ends what is left           (walls.py)
-        ├──> J  holds the tests, asks U, compares: its word is the verdict           (judge.py)
+        ├──> Z  forks for each job, enforces its limits, ends what is left        (walls.py)
+        ├──> J  holds the tests, asks U, compares: its word is the verdict        (judge.py)
         └──>      U  holds the candidate's code; what it says is data, never a verdict
 
-Workers are spawned, never forked: a caller that holds a model is slow to fork. Tests that cannot be split run beside the
-candidate, a weaker word: the Result says `trust="in_process"`. A test {"input": ..., "output": ...} is one run of the
-whole program: it reads the input from stdin, and its stdout is compared here.
+Workers are spawned: a caller that holds a model is slow to fork. Tests that cannot be split run
+beside the candidate, a weaker word: the Result says `trust="in_process"`. A test {"input": ...,
+"output": ...} is one run of a whole program, which reads stdin; its stdout is compared here.
 
-The three files stand alone: Linux 5.3, Python 3.11, the standard library. docs/sandbox.md says what holds and what not.
+The three files stand alone: Linux 5.3, Python 3.11. docs/sandbox.md says what holds and what not.
 """
 
 import ast
@@ -48,7 +49,7 @@ PATIENCE = 20  # seconds on top of four timeouts after which a worker that says 
 
 
 class Result(NamedTuple):
-    status: str  # passed, or what came of the first test that did not: failed, error, timeout, memory, output, syntax
+    status: str  # passed, or of the first test that did not: failed, error, timeout, memory, ...
     passed: bool
     passed_tests: int  # counted on after a test that failed
     total_tests: int
@@ -58,7 +59,7 @@ class Result(NamedTuple):
     trust: str  # split: the tests ran in a process that never held the candidate; or in_process
 
 
-# ---------------------------------------------------------------- running programs
+# ---------------------------------------- running programs
 
 
 def run(code, tests, *, setup="", entry_point=None, timeout=3.0, memory_mb=512, trust="auto"):
@@ -66,8 +67,8 @@ def run(code, tests, *, setup="", entry_point=None, timeout=3.0, memory_mb=512, 
 
     Args:
         code: the program.
-        tests: list; each a string of statements, or {"input": ..., "output": ...} for a program that reads stdin.
-        setup: statements before the first test. entry_point: what `check(candidate)` in the tests is called with.
+        tests: strings of statements, or {"input": ..., "output": ...} if it reads stdin.
+        setup: statements before the first test. entry_point: what `check` is called with.
         timeout: CPU seconds, for each test of a program that reads stdin. memory_mb: address space.
         trust: "auto", "split" (refuse tests that cannot be split) or "in_process".
     """
@@ -76,9 +77,9 @@ def run(code, tests, *, setup="", entry_point=None, timeout=3.0, memory_mb=512, 
 
 
 def run_many(jobs, workers=None, on_result=None):
-    """Run jobs (dicts of `run`'s arguments) on `workers` processes at a time, by default one for each core.
+    """Run jobs (dicts of `run`'s arguments), `workers` at a time, by default one for each core.
 
-    Returns: list of Result in the order of the jobs. on_result(index, result) is called in that order, too.
+    Returns: list of Result in the order of the jobs; on_result(index, result) is called in it, too.
     """
     if MISSING is None:
         look_for_holes()
@@ -127,7 +128,7 @@ def run_many(jobs, workers=None, on_result=None):
 
 
 def tasks_of(code, tests, setup="", entry_point=None, timeout=3.0, memory_mb=512, trust="auto"):
-    """A generator that yields the tasks of one job, takes the Outcome of each, and returns the Result."""
+    """A generator: yields a job's tasks, takes the Outcome of each, returns the Result."""
     stdin = bool(tests) and isinstance(tests[0], dict)
     texts = [code, setup, entry_point or ""]
     texts += [test[name] for test in tests for name in ("input", "output")] if stdin else tests
@@ -141,7 +142,7 @@ def tasks_of(code, tests, setup="", entry_point=None, timeout=3.0, memory_mb=512
 
 
 def statement_tasks(code, tests, setup, entry_point, timeout, memory_mb, trust):
-    """The one task of a job whose tests are statements; a second one where the judge finds that it cannot send a value."""
+    """One task, and a second one in one process where the judge cannot send a value."""
     count = len(tests)
     try:
         plan = judge.plan(setup, tuple(tests), entry_point)
@@ -204,7 +205,7 @@ def result_of(outcome, count, token, trust):
 
 
 def program_tasks(code, tests, timeout, memory_mb):
-    """A task for each test of a program that reads stdin. All may take ten times the limit of one."""
+    """A task for each test. All together may take ten times the limit of one."""
     status, error, held, seconds, stdout = "passed", "", 0, 0.0, ""
     for test in tests:
         now = ("timeout", "the tests together took too long")
@@ -235,7 +236,7 @@ def program_tasks(code, tests, timeout, memory_mb):
     return Result(status, status == "passed", held, len(tests), seconds, stdout, error, "split")
 
 
-# ---------------------------------------------------------------- workers
+# ---------------------------------------- workers
 
 
 class Task(NamedTuple):
@@ -296,7 +297,7 @@ class Worker:
     def take_core(self):
         """Z, J and U take turns: on one core, since waking another costs more.
 
-        The name keeps other workers off it, but for those of another container: hence the random order.
+        The name keeps other workers off it, but not another container's: hence the random order.
         """
         self.core, self.cores = (
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
@@ -318,7 +319,7 @@ class Worker:
         arguments = f"{theirs.fileno()}, {Worker.namespaces}, {site}, {self.cores}"
         code = f"import sys; sys.path[:1] = [{folder!r}]; import walls; sys.path[:1] = []\n"
         code += f"sys.path += {site}; walls.serve({arguments})"
-        # In a session of its own: Ctrl-C is for the caller. Symbols are looked up at the start, not in each child.
+        # In a session of its own: Ctrl-C is for the caller. Symbols are bound before the forks.
         self.process = subprocess.Popen(
             [sys.executable, "-s", "-S", "-X", "utf8", "-X", "int_max_str_digits=0", "-c", code],
             pass_fds=[theirs.fileno()],
@@ -336,7 +337,7 @@ class Worker:
         return bool(line)
 
     def begin(self, index, task):
-        """Hand a task to Z. The job has a socket of its own, which Z gives to J (or U) and never reads."""
+        """Hand a task to Z, with a socket of its own, which Z gives to J (or U) and never reads."""
         self.index, self.deadline = index, time.monotonic() + 4 * task.timeout + PATIENCE
         self.line, theirs = socket.socketpair()
         fds = [theirs.fileno()]
@@ -397,10 +398,11 @@ PROBES = {
     "writing files outside": "open(outside + '/new', 'w')",
     "modes and times of files outside": "os.chmod(outside + '/secret', 0o600)",
     "network": "import socket\nsocket.create_connection(('127.0.0.1', port), 1)",
-    "host sockets": "import socket\na, b = socket.socketpair(type=socket.SOCK_DGRAM)\na.sendto(b'x', path)",
+    "host sockets": "import socket\na, b = socket.socketpair(1, 2)\na.sendto(b'x', path)",
     "signals to other processes": "os.kill(caller, 0)",
     "root's rights": "assert os.getuid() == 0",
-    "capabilities": "assert int(open('/proc/self/status').read().split('CapEff:')[1].split()[0], 16)",
+    "capabilities": "import ctypes, struct\nheld = ctypes.create_string_buffer(24)\n"
+    "ctypes.CDLL(None).capget(struct.pack('<Ii', 0x20080522, 0), held)\nassert any(held.raw)",
     "memory": "bytearray(1 << 30)",
     "memory in files without a name": "os.memfd_create('x')",
     "new namespaces": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
@@ -425,7 +427,8 @@ def look_for_holes():
         host = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         host.bind(outside + "/socket")
         os.chmod(outside + "/socket", 0o777)
-        known = f"import os\noutside, port, caller = {outside!r}, {listener.getsockname()[1]}, {os.getpid()}\n"
+        port = listener.getsockname()[1]
+        known = f"import os\noutside, port, caller = {outside!r}, {port}, {os.getpid()}\n"
         known += "path = outside + '/socket'\ndef probe():\n"
         jobs = [
             {
@@ -459,17 +462,17 @@ def close():
         IDLE.pop().end()
 
 
-# ---------------------------------------------------------------- from a response to a program
+# ---------------------------------------- from a response to a program
 
 FENCE = re.compile(r"^(?P<before>.*?)(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)[ \t]*$")
 PYTHON = ("", "python", "python3", "py", "py3")
 
 
 def program(problem, response):
-    """The candidate's program: the one place where code is taken out of a response. Never raises, whatever the text.
+    """The candidate's program: the one place where code is taken out of a response. Never raises.
 
-    What is right for a person who reads the response should be right here: fences in every form, several blocks, a body
-    that goes on from the prefix or a whole function, words around code.
+    What is right for a person who reads the response is right here: fences in every form, several
+    blocks, a body that goes on from the prefix or a whole function, words around code.
     """
     prefix, entry_point = problem.get("prefix") or "", problem.get("entry_point")
     name = judge.first_name(entry_point)
@@ -496,8 +499,8 @@ def program(problem, response):
 def code_blocks(text):
     """(language, code) of each fenced block of a response.
 
-    A block ends at the first closing fence up to which it is Python (a docstring may hold fences), or else at the first.
-    A single fence without a language, with code before it, is the end of that code.
+    A block ends at the first closing fence up to which it is Python, since a docstring may hold
+    fences, or else at the first. A single fence with code before it is the end of that code.
     """
     lines, blocks, at = text.splitlines(), [], 0
     fences = [number for number, line in enumerate(lines) if FENCE.match(line)]
@@ -534,7 +537,7 @@ def closes(line, mark):
 
 
 def block_body(lines, start, end, opening):
-    """The lines of a block, without the indent of its opening fence; the last line of code may hold the closing fence."""
+    """The lines of a block without the indent of its fence; the last may hold the end fence."""
     body = lines[start:end]
     if end < len(lines) and (last := FENCE.match(lines[end])["before"]).strip():
         body.append(last)
@@ -580,7 +583,7 @@ def names_of(node):
 
 
 def defines(code, name):
-    """Whether code parses and binds this name at its top; without a name, whether it binds anything or does something."""
+    """Whether code parses and binds this name at its top; without a name, does anything."""
     tree = parse(code)
     if tree is None:
         return False
@@ -607,7 +610,7 @@ def looks_defined(code, name):
 
 @functools.lru_cache(maxsize=4096)
 def complete_part(prefix):
-    """The longest run of leading lines that parses by itself: imports and helpers stay, an open `def f(x):` goes."""
+    """The longest run of leading lines that parses: imports and helpers, no open `def f(x):`."""
     lines = prefix.splitlines(keepends=True)
     for end in range(len(lines), 0, -1):
         if parse("".join(lines[:end])) is not None:
@@ -635,7 +638,7 @@ def forms(prefix, code, name):
 
 
 def assemble(prefix, code, name):
-    """The program of prefix and code that parses, if any: the first form that defines the entry point, or the first."""
+    """The first form of prefix and code that defines the entry point, or at least parses."""
     found = [form for form in map(hoist, forms(prefix, code, name)) if parse(form) is not None]
     return next((form for form in found if defines(form, name)), found[0] if found else None)
 
@@ -664,7 +667,7 @@ def with_helpers(code, blocks):
 
 
 def longest_program(prefix, code, name):
-    """The longest run of lines that makes a program with the entry point: words before and after code go."""
+    """The longest run of lines that defines the entry point: words around the code go."""
     lines = code.splitlines() if code.strip() else []
     starts = [
         n
@@ -701,7 +704,7 @@ def join(prefix, code, name):
     return (prefix.rstrip(" \t") if code[:1] in (" ", "\t") else prefix) + code
 
 
-# ---------------------------------------------------------------- records: problems and samples as JSONL
+# ---------------------------------------- records: problems and samples as JSONL
 
 
 def fail(message):
@@ -711,14 +714,14 @@ def fail(message):
 
 
 def read_jsonl(path, fields, unique=()):
-    """Read the records of a JSONL file; what cannot be used is refused in one line with file, line and field.
+    """Read the records of a JSONL file; refuse what cannot be used, with file, line and field.
 
     Blank lines, a BOM, CRLF, extra fields and .gz are accepted.
 
     Args:
-        fields: {name: type or tuple of types}; a record without the field or with another type is refused,
+        fields: {name: type or tuple of types}; any other type or no such field is refused,
             except that a field which may be None may also be absent.
-        unique: names of the fields whose values, taken together, must not repeat, such as ["task_id"].
+        unique: names of fields whose values, taken together, must not repeat.
     Returns: list of dicts, at least one.
     """
     records, seen = [], {}
@@ -736,7 +739,7 @@ def read_jsonl(path, fields, unique=()):
         except UnicodeEncodeError:
             name = next(name for name in record if "\\ud" in json.dumps([name, record[name]]))
             fail(
-                f"{place}: field '{name}' holds half of a surrogate pair, which cannot be saved; repair or delete the line"
+                f"{place}: field '{name}' holds half of a surrogate pair; repair or delete the line"
             )
         for name, types in fields.items():
             value = record.setdefault(name, None)
@@ -745,9 +748,7 @@ def read_jsonl(path, fields, unique=()):
                 fail(f"{place}: field '{name}' is missing or has the wrong type")
         key = tuple(record[name] for name in unique)
         if unique and seen.setdefault(key, place) != place:
-            fail(
-                f"{place}: field '{unique[0]}' repeats {key[0]!r} of {seen[key]}; give each record its own"
-            )
+            fail(f"{place}: field '{unique[0]}' repeats {key[0]!r} of {seen[key]}")
         records.append(record)
     if not records:
         fail(f"{path} is empty; write at least one record to it")
@@ -757,9 +758,7 @@ def read_jsonl(path, fields, unique=()):
 def _lines(path):
     """(place, text) of each line of a UTF-8 file that is not blank."""
     if not os.path.isfile(path):
-        fail(
-            f"{path} does not exist; run the stage that writes it first (README, the table of stages)"
-        )
+        fail(f"{path} does not exist; run the stage that writes it first (README)")
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -774,9 +773,9 @@ def _lines(path):
 
 
 def read_problems(path):
-    """Problems whose programs are to be tested: `read_jsonl` with every field filled, unique ids and tests that can be run.
+    """Problems to test programs with: every field filled, unique ids, tests that can be run.
 
-    A test is a string of statements, or {"input": ..., "output": ...} for a program that reads stdin and writes stdout.
+    A test is a string of statements, or {"input": ..., "output": ...} if a program reads stdin.
     """
     text = (str, type(None))
     fields = {
@@ -807,15 +806,13 @@ def check_tests(problem, path):
             isinstance(test.get(name), str) for name in ("input", "output")
         )
         if not stdin and not (isinstance(test, str) and test.strip()):
-            fail(
-                f"{place}: field 'tests' holds something that is no string of statements and no input and output"
-            )
+            fail(f"{place}: field 'tests' holds neither statements nor an input and output")
     if len({type(test) for test in problem["tests"]}) > 1:
         fail(f"{place}: field 'tests' holds statements and inputs; a problem has one kind")
 
 
 def write_jsonl(path, records):
-    """Write records to a JSONL file, whole or not at all: a temporary file takes its place when it is complete."""
+    """Write records to a JSONL file, whole or not at all: a temporary file takes its place."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -857,7 +854,7 @@ def run_tests(problems, responses, *, timeout=3.0, workers=0, progress=None):
     return [results[index[key]] for key in keys]
 
 
-# ---------------------------------------------------------------- what a stage has finished
+# ---------------------------------------- what a stage has finished
 
 # Flags that change no result: a finished stage may be run again with other values of these.
 FREE_FLAGS = {
@@ -908,13 +905,13 @@ def progress_bar(total, label):
     return tqdm(total=total, desc=label, delay=3, mininterval=1, leave=False, disable=label is None)
 
 
-# ---------------------------------------------------------------- command line
+# ---------------------------------------- command line
 
 VERDICT = ("actual_score", "passed_tests", "total_tests", "status", "trust")
 
 
 def score_file(args):
-    """Append each sample with its verdict to the output, in order; go on behind those that an earlier run has left."""
+    """Append each sample with its verdict to the output, behind those of an earlier run."""
     text = (str, type(None))
     fields = {
         "task_id": (str, int),
@@ -955,7 +952,7 @@ def score_file(args):
 
 
 def scored_already(path, samples):
-    """How many samples an earlier run has written, and the size of their lines; a file of anything else is left as it is."""
+    """How many samples an earlier run has written, and the size of their lines."""
     count, size = 0, 0
     lines = Path(path).read_bytes().splitlines(keepends=True) if os.path.exists(path) else []
     for line in lines:
@@ -968,9 +965,7 @@ def scored_already(path, samples):
         except (ValueError, LookupError, AttributeError, TypeError):
             same = False
         if not same:
-            fail(
-                f"{path}, line {count + 1}: not the result of this sample; name another file, or delete this one"
-            )
+            fail(f"{path}, line {count + 1}: not the result of this sample; name another file")
         count, size = count + 1, size + len(line)
     return count, size
 

@@ -1,19 +1,20 @@
 """What the kernel keeps a program from, and the processes that carry the walls. Used by sandbox.py.
 
-    caller ── jobs ──> Z  (process 1 of its namespaces; it never sees a test or a program)
+    caller ── jobs ──> Z  process 1 of its namespaces; it never sees a test or a program
       │                ├── forks U for each job: holds the candidate
       │                ├── forks J for each job: holds the tests and judges        (judge.py)
       │                └── asks S for an empty scratch when a program has touched it
-      └── spawns ────> S  (makes the namespaces and the root folder; afterwards it only renews the scratch)
+      └── spawns ────> S  makes the namespaces and the root folder; then it only renews the scratch
 
-Z takes on all walls once, and each fork inherits them at no cost: user, mount, PID, network, IPC and UTS namespaces with a root
-folder that holds the interpreter's library and nothing else; Landlock; a seccomp filter; no capabilities; a user id of
-its own. J stands behind the same walls as U, since tests may do anything with what a candidate answers. Limits on CPU
-time, memory, processes, files and output are set for each job. Where namespaces are missing, the rest still holds.
+Z takes on all walls once, and each fork inherits them at no cost: namespaces (user, mount, PID,
+network, IPC, UTS) with a root folder that holds the interpreter's library and nothing else;
+Landlock; a seccomp filter; no capabilities; a user id of its own. J stands behind the same walls
+as U. Each job has limits on CPU time, memory, processes, files and output. Where namespaces are
+missing, the rest still holds.
 """
 
 import contextlib
-import copy  # noqa: F401 (this and the others without use: many programs import them, so Z holds them for all)
+import copy  # noqa: F401 (like heapq and typing: Z holds what many programs import)
 import ctypes
 import gc
 import heapq  # noqa: F401
@@ -40,35 +41,44 @@ OPEN_FILES = 128  # each socket or pipe can hold 0.2 MB that no other limit coun
 SCRATCH_MB = 64
 ARM = os.uname().machine == "aarch64"
 
-# ---------------------------------------------------------------- system calls
+# ---------------------------------------- system calls
 
-# Refused system calls, by their numbers on x86_64 and aarch64.
-REFUSED = {
-    name: int(arm if ARM else x86)
-    for name, x86, arm in map(
-        str.split,
-        """socket 41 198, connect 42 203, bind 49 200, ptrace 101 117, process_vm_readv 310 270,
-        process_vm_writev 311 271, process_madvise 440 440, memfd_create 319 279, memfd_secret 447 447,
-        mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, unshare 272 97, setns 308 268,
-        open_tree 428 428, move_mount 429 429, acct 163 89, fsopen 430 430, fsmount 432 432,
-        mount_setattr 442 442, bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, add_key 248 217,
-        request_key 249 218, keyctl 250 219, io_uring_setup 425 425, io_uring_enter 426 426,
-        io_uring_register 427 427, shmget 29 194, semget 64 190, msgget 68 186, mq_open 240 180,
-        open_by_handle_at 304 265, name_to_handle_at 303 264, pidfd_getfd 438 438, kcmp 312 272,
-        init_module 175 105, finit_module 313 273, kexec_load 246 104, reboot 169 142, syslog 103 116,
-        setpriority 141 140, ioprio_set 251 30, fanotify_init 300 262, sched_setparam 142 118,
-        sched_setscheduler 144 119, sched_setattr 314 274, sched_setaffinity 203 122""".split(","),
+# Refused system calls: name, number on x86_64 and on aarch64.
+CALLS = """socket 41 198, connect 42 203, bind 49 200, ptrace 101 117, process_vm_readv 310 270,
+    process_vm_writev 311 271, process_madvise 440 440, memfd_create 319 279, memfd_secret 447 447,
+    mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, unshare 272 97, setns 308 268,
+    open_tree 428 428, move_mount 429 429, acct 163 89, fsopen 430 430, fsmount 432 432,
+    bpf 321 280, mount_setattr 442 442, perf_event_open 298 241, userfaultfd 323 282, add_key 248 217,
+    request_key 249 218, keyctl 250 219, io_uring_setup 425 425, io_uring_enter 426 426,
+    io_uring_register 427 427, shmget 29 194, semget 64 190, msgget 68 186, mq_open 240 180,
+    open_by_handle_at 304 265, name_to_handle_at 303 264, pidfd_getfd 438 438, kcmp 312 272,
+    init_module 175 105, finit_module 313 273, kexec_load 246 104, reboot 169 142, syslog 103 116,
+    setpriority 141 140, ioprio_set 251 30, fanotify_init 300 262, sched_setparam 142 118,
+    sched_setscheduler 144 119, sched_setattr 314 274, sched_setaffinity 203 122"""
+# Without namespaces also: to leave the process group, and what Landlock does not know, or only in
+# later versions: mode, owner, attributes and times of files, and their size by path.
+CALLS_ON_FILES = """setpgid 109 154, setsid 112 157, fchmod 91 52, fchmodat 268 53,
+    fchmodat2 452 452,    fchown 93 55, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, truncate 76 45,
+    removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, setxattrat 463 463,
+    removexattrat 466 466, utimensat 280 88"""
+
+
+def numbers(calls):
+    rows = (row.split() for row in calls.split(","))
+    return {name: int(arm if ARM else x86) for name, x86, arm in rows}
+
+
+REFUSED, REFUSED_ON_FILES = numbers(CALLS), numbers(CALLS_ON_FILES)
+if not ARM:
+    OLD = (
+        ("chmod", 90),
+        ("chown", 92),
+        ("lchown", 94),
+        ("utime", 132),
+        ("utimes", 235),
+        ("futimesat", 261),
     )
-}
-# Without namespaces also: to leave the process group, and what Landlock does not know or knows only in later versions.
-# Mode, owner, attributes and times of files, and their size by path (by descriptor it takes one that may write).
-REFUSED_WITHOUT_NAMESPACES = [
-    int(line.split()[1 + ARM])
-    for line in """setpgid 109 154, setsid 112 157, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452,
-        fchown 93 55, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14,
-        lremovexattr 198 15, fremovexattr 199 16, setxattrat 463 463, removexattrat 466 466, utimensat 280 88,
-        truncate 76 45""".split(",")
-] + [90, 92, 94, 132, 235, 261] * (not ARM)  # chmod, chown, lchown, utime, utimes, futimesat
+    REFUSED_ON_FILES |= dict(OLD)
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 SET_PARENT_DEATH_SIGNAL, SET_DUMPABLE, SET_SUBREAPER, SET_NO_NEW_PRIVILEGES = 1, 4, 36, 38
 SET_SECCOMP = 22
@@ -90,7 +100,7 @@ def libc(call, *args):
 
 
 def filter_system_calls(refused):
-    """Take on a seccomp filter, for good and for each child: these calls fail, and so do a few arguments of others."""
+    """Take on a seccomp filter, for each child too: these calls fail, and arguments of others."""
     if os.uname().machine not in ("x86_64", "aarch64"):
         raise OSError("no seccomp filter for this machine")
     load, equal, at_least, any_bit, mask, answer = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
@@ -101,7 +111,7 @@ def filter_system_calls(refused):
         return struct.pack("<HBBI", code, yes, no, value)
 
     def unless(call, offset, *condition):
-        """Refuse `call` unless the argument at `offset` meets the condition, which jumps over one instruction."""
+        """Refuse `call` unless its argument meets the condition, which then jumps over one."""
         size = len(condition) + 3
         yield from (op(equal, call, 0, size), op(load, offset), *condition)
         yield from (op(answer, refuse), op(load, number))
@@ -132,9 +142,9 @@ def filter_system_calls(refused):
 
 
 def landlock(readable, writable):
-    """Take on Landlock: read and run below `readable`, everything below `writable`; no TCP and no signals (version 6).
+    """Take on Landlock: read below `readable`, everything below `writable`, no TCP, no signals.
 
-    Returns: version, and the descriptor of the rules, by which a child can take them on as a domain of its own.
+    Returns: version, and the descriptor of the rules, for a child's domain of its own.
     """
     version = libc(LANDLOCK_CREATE, None, 0, 1)
     rights = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
@@ -162,7 +172,7 @@ def landlock(readable, writable):
     return version, rules
 
 
-# ---------------------------------------------------------------- namespaces
+# ---------------------------------------- namespaces
 
 NEW_USER = 0x10000000
 NAMESPACES = (
@@ -201,7 +211,7 @@ def become_own_user():
 
 
 def enter_namespaces():
-    """Leave the host's namespaces: as root, or in a user namespace. The next child is process 1 of the new ones."""
+    """Leave the host's namespaces: as root, or in a user namespace. The next child is process 1."""
     if os.getuid() == 0:
         with contextlib.suppress(OSError):
             return libc("unshare", NAMESPACES)
@@ -219,7 +229,7 @@ def enter_namespaces():
 
 
 def library(site):
-    """What a program may read: the interpreter, its library, and the shared libraries that these need."""
+    """What a program may read: the interpreter, its library, and what these load."""
     base = sys.base_prefix
     paths = [
         os.path.dirname(os.__file__),
@@ -239,7 +249,7 @@ def library(site):
 
 
 def make_root(paths):
-    """Give this process a root folder that holds these paths, read-only, and a place for the scratch."""
+    """Give this process a root folder that holds these paths, read-only, and a scratch."""
     root = "/proc"  # any directory that is always there
     mount("none", "/", None, RECURSIVE | PRIVATE)
     mount("none", root, "tmpfs", NO_SETUID | NO_DEVICES, "mode=755,size=1m")
@@ -270,11 +280,11 @@ def make_root(paths):
     libc("umount2", b".", DETACH)
 
 
-# ---------------------------------------------------------------- S: makes the walls' outside, and renews the scratch
+# ---------------------------------------- S: makes the walls' outside, and renews the scratch
 
 
 def serve(control, namespaces, site, cores):
-    """All of S. `control` is the number of the socket to the caller; raises OSError where `namespaces` do not work."""
+    """All of S. `control` is the caller's socket; OSError where `namespaces` do not work."""
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, cores)  # only slower without
     control, high = socket.socket(fileno=os.dup(control)), control  # a low number: U closes those
@@ -331,7 +341,7 @@ def remove(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-# ---------------------------------------------------------------- Z: forks J and U for each job, and ends them
+# ---------------------------------------- Z: forks J and U for each job, and ends them
 
 
 def set_limit(kind, value):
@@ -341,7 +351,7 @@ def set_limit(kind, value):
 
 
 def take_on_walls(paths, scratch, namespaces):
-    """Z's walls, for all its children too. Returns what there is of them, and Landlock's rules (or None)."""
+    """Z's walls, for all its children too. Returns what there is of them, and Landlock's rules."""
     processes = PROCESSES
     if os.getuid() == 0:
         become_own_user()
@@ -382,7 +392,6 @@ def take_on_walls(paths, scratch, namespaces):
 def serve_jobs(control, keeper, paths, scratch, namespaces):
     """All of Z: job after job. It hands the sockets of a job on and reads none of them."""
     layers, rules = take_on_walls(paths, scratch, namespaces)
-    judge.rehearse()
     os.chdir("/")
     gc.disable()
     gc.freeze()  # a child that collects garbage would copy every page
@@ -458,7 +467,7 @@ class Job:
         return MAX_OUTPUT if self.kind == "program" else KEEP_OUTPUT
 
     def fork(self, action, *lines):
-        """A child that runs action(size, *lines) within its limits and holds no descriptor but these, stdin and output."""
+        """A child that runs action(size, *lines) within its limits, with no other descriptors."""
         pid = os.fork()
         if pid:
             return pid
@@ -473,7 +482,7 @@ class Job:
                 if self.rules:
                     libc(LANDLOCK_RESTRICT, self.rules, 0)  # a domain of its own: no signal to Z
                 if self.layers["seccomp"]:
-                    filter_system_calls(REFUSED_WITHOUT_NAMESPACES)
+                    filter_system_calls(REFUSED_ON_FILES.values())
             start = 3
             for fd in sorted(lines):
                 os.closerange(start, fd)
@@ -495,7 +504,8 @@ class Job:
     def watch(self, caller, link):
         """Wait for the end of J or U, or for a limit. Returns the reason and the output so far.
 
-        The limit counts CPU time, since wall time counts the neighbours; a program that sleeps has a wide limit on wall time.
+        The limit is CPU time: wall time counts the neighbours. For a program that sleeps there is
+        a wide limit on wall time.
         """
         start, text, total, reason = time.monotonic(), bytearray(), 0, None
         clock = (~self.candidate << 3) | 2  # the kernel's number for the CPU clock of this process
@@ -512,9 +522,7 @@ class Job:
             ready = [fd for fd, _ in poll.poll(max(left, 0.001) * 1000)]
             if caller.fileno() in ready:
                 reason = "orphan"
-            elif pidfds[-1] in ready:
-                reason = "ended"
-            elif pidfds[0] in ready:
+            elif pidfds[0] in ready or pidfds[-1] in ready:
                 reason = "ended"
             elif self.output in ready:
                 data = os.read(self.output, 1 << 16)
@@ -542,7 +550,7 @@ class Job:
         return reason, text
 
     def end(self):
-        """Kill all and wait until nobody is left. Returns the exit statuses of U and J, and the CPU time of all but J."""
+        """Kill all, until nobody is left. Returns both exit statuses, CPU time of all but J."""
         statuses, seconds = {}, 0.0
         while True:
             with contextlib.suppress(OSError):

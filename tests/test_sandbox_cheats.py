@@ -1,11 +1,13 @@
 """Programs that want a pass without earning it.  Each gets one from the weak form named beside it, and none from the sandbox."""
+# ruff: noqa: E501, E731, SIM, UP031 (programs under test are strings of one line)
 
 import os
 import time
 
 import pytest
-import sandbox
 from sandbox_peers import exit_code, in_process, marker, weakened
+
+import sandbox
 
 ADD = ["assert add(1, 2) == 3", "assert add(20, 22) == 42"]
 CHEATS = {}

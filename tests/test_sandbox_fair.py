@@ -1,6 +1,8 @@
 """Styles of real tests: in each, an honest program passes and a subtly wrong one does not."""
+# ruff: noqa: E501, E731, SIM, UP031 (programs under test are strings of one line)
 
 import pytest
+
 import sandbox
 from sandbox import run
 

@@ -1,4 +1,5 @@
 """Many programs, dying helpers, dying callers, the command line, and all of it as an ordinary user."""
+# ruff: noqa: E501, E731, SIM, UP031 (programs under test are strings of one line)
 
 import json
 import os
@@ -12,6 +13,7 @@ import threading
 import time
 
 import pytest
+
 import sandbox
 
 ROOT = os.path.dirname(os.path.abspath(sandbox.__file__))

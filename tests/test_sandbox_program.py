@@ -1,6 +1,8 @@
 """From a model's answer to a program: what is right for a person who reads it is right here."""
+# ruff: noqa: E501, E731, SIM, UP031 (programs under test are strings of one line)
 
 import pytest
+
 from sandbox import code_blocks, program
 
 F = "`" * 3

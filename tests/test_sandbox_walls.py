@@ -1,18 +1,19 @@
 """Programs that reach outside, or use more than they may.  Each effect is first seen without the walls (a plain process),
 so that its absence behind them means something."""
+# ruff: noqa: E501, E731, SIM, UP031 (programs under test are strings of one line)
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 
 import pytest
+from sandbox_peers import plain, start
+
 import sandbox
 import walls
-from sandbox_peers import plain, start
 
 
 def inside(code, function="f", **options):
