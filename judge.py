@@ -697,8 +697,8 @@ PLAIN = """math cmath re sys random string itertools functools collections opera
 MODULES = set(PLAIN.split())
 # What needs the candidate in the same process, or could run what it answers.
 WORDS = """redirect_stdout redirect_stderr patch mock StringIO stdout stdin stderr capsys
-    monkeypatch asyncio globals locals vars eval exec open input environ seed setstate setrecursionlimit
-    getcontext setcontext localcontext modules allow_pickle __import__ __dict__ __globals__"""
+    monkeypatch asyncio globals locals vars eval exec open input environ seed setstate
+    setrecursionlimit getcontext setcontext localcontext modules allow_pickle __import__ __dict__ __globals__"""
 SHARED = set(WORDS.split())
 # Names that tests use without an import, since candidates have them: they are the library's.
 LIBRARY = {"deepcopy": "copy", "Decimal": "decimal", "Fraction": "fractions"}

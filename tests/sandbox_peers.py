@@ -1,6 +1,7 @@
 """Deliberately weak ways to run a program against its tests.  Each attack in the tests is shown to get through one of
 them, so that a test which the real sandbox passes is known to bite."""
-# ruff: noqa: E501, E731, SIM, UP031 (programs under test are strings of one line)
+# Programs under test are strings of one line.
+# ruff: noqa: E501, E731, SIM105, SIM115, SIM905, UP031
 
 import importlib
 import itertools

