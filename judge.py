@@ -692,13 +692,13 @@ def environment(plan, remote):
 
 # Modules whose results are plain data. Tests that import others run in one process.
 PLAIN = """math cmath re sys random string itertools functools collections operator copy datetime
-    decimal fractions heapq bisect statistics time json typing numbers array struct hashlib calendar
-    numpy textwrap unittest ast zoneinfo base64 binascii unicodedata difflib uuid"""
+    decimal fractions heapq bisect statistics time json typing numbers array struct hashlib
+    calendar numpy textwrap unittest ast zoneinfo base64 binascii unicodedata difflib uuid"""
 MODULES = set(PLAIN.split())
 # What needs the candidate in the same process, or could run what it answers.
-WORDS = """redirect_stdout redirect_stderr patch mock StringIO stdout stdin stderr capsys
-    monkeypatch asyncio globals locals vars eval exec open input environ seed setstate
-    setrecursionlimit getcontext setcontext localcontext modules allow_pickle __import__ __dict__ __globals__"""
+WORDS = """redirect_stdout redirect_stderr patch mock StringIO stdout stdin stderr capsys monkeypatch
+    asyncio globals locals vars eval exec open input environ seed setstate setrecursionlimit
+    getcontext setcontext localcontext modules allow_pickle __import__ __dict__ __globals__"""
 SHARED = set(WORDS.split())
 # Names that tests use without an import, since candidates have them: they are the library's.
 LIBRARY = {"deepcopy": "copy", "Decimal": "decimal", "Fraction": "fractions"}

@@ -45,21 +45,21 @@ ARM = os.uname().machine == "aarch64"
 
 # Refused system calls: name, number on x86_64 and on aarch64.
 CALLS = """socket 41 198, connect 42 203, bind 49 200, ptrace 101 117, process_vm_readv 310 270,
-    process_vm_writev 311 271, process_madvise 440 440, memfd_create 319 279, memfd_secret 447 447,
-    mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, unshare 272 97, setns 308 268,
-    open_tree 428 428, move_mount 429 429, acct 163 89, fsopen 430 430, fsmount 432 432,
-    bpf 321 280, mount_setattr 442 442, perf_event_open 298 241, userfaultfd 323 282,
-    add_key 248 217, request_key 249 218, keyctl 250 219, io_uring_setup 425 425, io_uring_enter 426 426,
-    io_uring_register 427 427, shmget 29 194, semget 64 190, msgget 68 186, mq_open 240 180,
-    open_by_handle_at 304 265, name_to_handle_at 303 264, pidfd_getfd 438 438, kcmp 312 272,
-    init_module 175 105, finit_module 313 273, kexec_load 246 104, reboot 169 142, syslog 103 116,
-    setpriority 141 140, ioprio_set 251 30, fanotify_init 300 262, sched_setparam 142 118,
-    sched_setscheduler 144 119, sched_setattr 314 274, sched_setaffinity 203 122"""
+    process_vm_writev 311 271, process_madvise 440 440, memfd_create 319 279, memfd_secret 447
+    447, mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, unshare 272 97, setns
+    308 268, open_tree 428 428, move_mount 429 429, acct 163 89, fsopen 430 430, fsmount 432
+    432, bpf 321 280, mount_setattr 442 442, perf_event_open 298 241, userfaultfd 323 282,
+    add_key 248 217, request_key 249 218, keyctl 250 219, io_uring_setup 425 425,
+    io_uring_enter 426 426, io_uring_register 427 427, shmget 29 194, semget 64 190, msgget 68
+    186, mq_open 240 180, open_by_handle_at 304 265, name_to_handle_at 303 264, pidfd_getfd 438
+    438, kcmp 312 272, init_module 175 105, finit_module 313 273, kexec_load 246 104, reboot
+    169 142, syslog 103 116, setpriority 141 140, ioprio_set 251 30, fanotify_init 300 262,
+    sched_setparam 142 118, sched_setscheduler 144 119, sched_setattr 314 274,
+    sched_setaffinity 203 122"""
 # Without namespaces also: to leave the process group, and what Landlock does not know, or only in
 # later versions: mode, owner, attributes and times of files, and their size by path.
-CALLS_ON_FILES = """setpgid 109 154, setsid 112 157, fchmod 91 52, fchmodat 268 53,
-    fchmodat2 452 452, fchown 93 55, fchownat 260 54, setxattr 188 5, lsetxattr 189 6,
-    fsetxattr 190 7, truncate 76 45,
+CALLS_ON_FILES = """setpgid 109 154, setsid 112 157, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, fchown 93
+    55, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, truncate 76 45,
     removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, setxattrat 463 463,
     removexattrat 466 466, utimensat 280 88"""
 
