@@ -363,9 +363,9 @@ def main(cfg):
         verdicts = background.submit(sandbox.run_tests, row_problems, texts, **limits)
         clock.append(time.time())
 
-        # ---- score: one number per response, row by row in order of prompt. RM scores are normalised
-        # by mean and standard deviation over responses of the SFT policy; the tests' verdicts are
-        # then only logged.
+        # ---- score: one number per response, in order of prompt, then of response. RM scores are
+        # normalised by mean and standard deviation over responses of the SFT policy; the verdicts
+        # of the tests are then only logged.
         if cfg.reward == "rm":
             sequences = [prompt_ids[i] + ids for i, ids in zip(task_rows, responses)]
             with amp, without_adapters(reward_model):
