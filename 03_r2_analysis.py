@@ -187,14 +187,14 @@ def filter_weights(rm_scores, strategy, top=0.5, bottom=-0.5):
 
 
 def select_responses(rm_scores, strategy, generator, top=0.5, bottom=-0.5):
-    """Which responses PPO trains on: the filter's draw, within each prompt, without duplicates.
+    """Which responses PPO trains on: the filter's draw within each prompt, no row twice.
 
     Args: rm_scores: (n, N) normalised rewards; generator: CPU torch.Generator of the draws.
     Returns: (rows, columns), two int64 tensors in order of prompt, then of response.
     """
     scores = torch.as_tensor(rm_scores, dtype=torch.float32)
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    noise = torch.rand(scores.shape, generator=generator)
+    noise = torch.rand(scores.shape, generator=generator)  # drawn by all: one stream per seed
     if strategy in ("br", "random2"):
         if strategy == "br":
             noise = noise.masked_fill(rank == 0, 2.0)  # the best first, then the largest noise

@@ -16,7 +16,7 @@ Reads data/tiny/ppo.jsonl, data/tiny/validation.jsonl, out/sft, out/rm.
 
 Writes out/ppo_<strategy>/: best and last (ordinary Hugging Face folders, best by validation
 pass@1), metrics.jsonl, rollouts/0001.jsonl ... (every response with its reward, its verdict and
-whether it was kept), curves.png, and state.pt for --resume.
+whether it was kept), curves.png, and, while it runs, state.pt for --resume.
 
 Run: python 04_pf_ppo.py --strategy bw
 
@@ -71,18 +71,19 @@ Strategy = Literal[
 class Config:
     strategy: Strategy = "bw"  # the filter, see filter_weights; paper: br or bw
     reward: Literal["rm", "tests"] = "rm"  # tests: share of unit tests passed, no RM is needed
-    # gae: with a critic. rloo, grpo: a response against the others of its prompt; here, unlike in
-    # their papers, with the KL penalty to go added and whitened over the batch.
+    # gae: with a critic. rloo, grpo: a response against the others of its prompt. Unlike in their
+    # papers the KL penalty is added as a reward to go, and the sum is whitened over the batch.
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     data: str = "data/tiny/ppo.jsonl"  # problems to train on, JSONL
     validation: str = "data/tiny/validation.jsonl"  # problems that choose the best checkpoint
-    policy: str = "out/sft"  # SFT model: the policy starts from it and is held near it
+    policy: str = "out/sft"  # SFT model: the policy starts here, and the KL penalty keeps it close
     reward_model: str = "out/rm"  # RM; the critic starts from it
     out: str = ""  # output folder; empty: out/ppo_<strategy>
     iterations: int = 25  # rounds of generate, filter, update; paper: 5 passes over 3k prompts
     prompts_per_iteration: int = 48  # n; authors' scripts: 1024 responses in all
     responses_per_prompt: int = 5  # N; paper: 5
-    top: float = 0.5  # top*: scores above are kept, in standard deviations; not in the paper
+    # In standard deviations of the RM's reward (--reward tests: shares of tests); not in the paper.
+    top: float = 0.5  # top*: scores above are kept
     bottom: float = -0.5  # top_bottom: scores below are kept, too
     temperature: float = 1.0  # divides the logits in rollout, update and reference alike
     max_new_tokens: int = 96  # longest response, tokens; authors' scripts: 2048
@@ -92,7 +93,7 @@ class Config:
     micro_batch_size: int = 48  # responses per forward and backward pass; changes memory only
     lr: float = 1e-4  # policy learning rate (AdamW, constant); paper: 5e-7 (6.7B parameters)
     critic_lr: float = 5e-4  # critic learning rate; paper: 9e-6
-    critic_warmup: int = 2  # first iterations, in which only the critic learns
+    critic_warmup: int = 2  # iterations, not steps, in which only the critic learns
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     gamma: float = 1.0  # discount per token; authors' scripts: 1
     lam: float = 0.95  # GAE lambda; authors' scripts: 0.95
@@ -102,10 +103,10 @@ class Config:
     kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef follows kl_target
     kl_target: float = 1.0  # adaptive: KL of kept responses to aim at, nats per response
     kl_horizon: int = 1000  # adaptive: responses in which kl_coef changes by at most a fifth
-    eval_every: int = 5  # iterations between two validations, each of which saves state.pt
+    eval_every: int = 5  # iterations between validations, each of which saves state.pt
     resume: bool = False  # go on from the last state.pt of an interrupted run
-    generate_batch_size: int = 256  # responses generated at once
-    score_batch_size: int = 64  # responses per forward pass where nothing is learned
+    generate_batch_size: int = 256  # responses per generation batch
+    score_batch_size: int = 64  # responses per forward pass without gradient
     timeout: float = 1.0  # CPU seconds per program
     workers: int = 1  # sandbox processes, 0: one per core; they run while the models train
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
@@ -119,7 +120,7 @@ class Config:
 #
 #   strategy             weight of rank 1..N within a prompt         kept for training
 #   none (PPO-M)         1/N each                                    all
-#   single (PPO-S)       1                                           all; N = 1, 5n prompts
+#   single (PPO-S)       1                                           all; N n prompts, one each
 #   random2              1/N each                                    two at random: the control
 #   bon (best of N)      1, 0, .., 0                                 the best
 #   br (best-random)     1/2, 1/(2(N-1)), .., 1/(2(N-1))             the best and another at random
@@ -128,6 +129,8 @@ class Config:
 #   top_random           twice as much where score > top             those, and each other by a coin
 #   top_bottom           equal where score > top or < bottom         those, or the best of all
 #   pow_1, pow_2, pow_3  |r|^k, r stretched to [-1, 1]               all, advantages times N weight
+#
+# select_responses draws what the weights describe. The numbers serve pow_k and stage 3.
 
 
 def filter_weights(rm_scores, strategy, top=0.5, bottom=-0.5):
@@ -170,14 +173,14 @@ def filter_weights(rm_scores, strategy, top=0.5, bottom=-0.5):
 
 
 def select_responses(rm_scores, strategy, generator, top=0.5, bottom=-0.5):
-    """Which responses PPO trains on: the filter's draw, within each prompt, without duplicates.
+    """Which responses PPO trains on: the filter's draw within each prompt, no row twice.
 
     Args: rm_scores: (n, N) normalised rewards; generator: CPU torch.Generator of the draws.
     Returns: (rows, columns), two int64 tensors in order of prompt, then of response.
     """
     scores = torch.as_tensor(rm_scores, dtype=torch.float32)
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    noise = torch.rand(scores.shape, generator=generator)
+    noise = torch.rand(scores.shape, generator=generator)  # drawn by all: one stream per seed
     if strategy in ("br", "random2"):
         if strategy == "br":
             noise = noise.masked_fill(rank == 0, 2.0)  # the best first, then the largest noise
@@ -217,8 +220,8 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     Returns: (B, T), 0 on padding.
     """
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
-    # The mask says where a response ends, so a truncated one keeps its own last token: no EOS is
-    # made up for it.
+    # The mask says where a response ends: a truncated one keeps its own last token, and no EOS is
+    # appended to it.
     last = (mask.sum(1).long() - 1).clamp(min=0)[:, None]  # (B, 1)
     ends = torch.zeros_like(rewards).scatter(1, last, scores[:, None].to(rewards.dtype))
     return rewards + ends * mask
@@ -229,7 +232,8 @@ def gae(rewards, values, mask, gamma, lam):
 
     Args:
         rewards, mask: (B, T), padded on the right.
-        values: (B, T), `values[:, t]` predicted before token t is seen; 0 after the last token.
+        values: (B, T), `values[:, t]` predicted before token t is seen. The value after the last
+            token counts as 0.
     Returns: advantages, returns = advantages + values; both (B, T), 0 on padding.
     """
     advantages = torch.zeros_like(rewards)
@@ -272,12 +276,12 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """Half the squared error, or that of values held within `clip` of the old ones if larger.
+    """Half the squared error, or that of values clipped to within `clip` of the old if larger.
 
     Args: all (B, T). Returns: scalar loss, {"clip_fraction"}, means over masked tokens.
     """
-    held = torch.clamp(values, old_values - clip, old_values + clip)
-    loss = 0.5 * torch.maximum((values - returns) ** 2, (held - returns) ** 2)
+    clipped_values = torch.clamp(values, old_values - clip, old_values + clip)
+    loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped_values - returns) ** 2)
     clipped = ((values - old_values).abs() > clip).float()
     return masked_mean(loss, mask), {"clip_fraction": masked_mean(clipped, mask).item()}
 
@@ -315,9 +319,10 @@ def main(cfg):
     policy, reference, critic, reward_model = load_models(cfg, tokenizer, device)
     prompt_ids = encode_prompts(tokenizer, problems, cfg.max_new_tokens, policy.config)
     validation_ids = encode_prompts(tokenizer, validation, cfg.max_new_tokens, policy.config)
-    learners = {"policy": (policy, make_optimizer(policy, cfg.lr))}
+    learners = {"policy": (policy, make_optimizer(policy, cfg.lr), actor_loss)}
     if critic is not None:
-        learners["critic"] = (critic, make_optimizer(critic, cfg.critic_lr))
+        optimizer = make_optimizer(critic, cfg.critic_lr)
+        learners = {"critic": (critic, optimizer, critic_loss)} | learners
 
     # ---- start or resume. Each iteration seeds what is random in it, so weights, optimisers and
     # metrics are the whole state.
@@ -329,18 +334,19 @@ def main(cfg):
         save_state(out, cfg, learners, metrics=metrics, kl_coef=kl_coef, best=best)
         print(f"before training: validation pass@1 {best:.3f}, {time.time() - started:.0f} s")
     else:
-        for name, (model, optimizer) in learners.items():
-            model.load_state_dict(state[name][0])
+        for name, (model, optimizer, _) in learners.items():
+            model.load_state_dict(state[name][0], strict=False)  # without LoRA's frozen weights
             optimizer.load_state_dict(state[name][1])
         metrics, kl_coef, best = state["metrics"], state["kl_coef"], state["best"]
         print(f"resuming {out} after iteration {metrics[-1]['iteration']}")
-    background = ThreadPoolExecutor(1)
+    background = ThreadPoolExecutor(1)  # it runs the tests while the models work
 
     for iteration in range(metrics[-1]["iteration"] + 1, cfg.iterations + 1):
         clock = [time.time()]
         validating = iteration % cfg.eval_every == 0 or iteration == cfg.iterations
-        torch.manual_seed(cfg.seed * 1_000_003 + iteration)  # of the sampler
-        generator = torch.Generator().manual_seed(-(cfg.seed * 1_000_003 + iteration))  # the rest
+        # Two streams: from one, the filter would draw the very numbers that chose the tokens.
+        torch.manual_seed(cfg.seed * 1_000_003 + iteration)  # the sampler's
+        generator = torch.Generator().manual_seed(-(cfg.seed * 1_000_003 + iteration))  # the rest's
 
         # ---- generate: N responses to each of n prompts
         tasks = prompts_of_iteration(len(problems), n, iteration, cfg.seed)  # (n,) indices
@@ -357,8 +363,9 @@ def main(cfg):
         verdicts = background.submit(sandbox.run_tests, row_problems, texts, **limits)
         clock.append(time.time())
 
-        # ---- score: one number per response. The RM's are normalised by their mean and standard
-        # deviation over responses of the SFT policy; its verdicts then serve the log alone.
+        # ---- score: one number per response, in order of prompt, then of response. RM scores are
+        # normalised by mean and standard deviation over responses of the SFT policy; the verdicts
+        # of the tests are then only logged.
         if cfg.reward == "rm":
             sequences = [prompt_ids[i] + ids for i, ids in zip(task_rows, responses)]
             with amp, without_adapters(reward_model):
@@ -393,40 +400,41 @@ def main(cfg):
             group_scores = group_advantages(prompt_scores, cfg.advantage)[rows, columns]
             rewards = token_rewards(group_scores, old_logprobs, ref_logprobs, mask, kl_coef)
             advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
-        # Filter first: whitened over all rows and filtered then, BoN's would be all positive.
+        # Whitened after the filter: whitened over all rows before it, BoN's kept ones would nearly
+        # all be positive.
         batch["advantages"] = whiten(advantages, mask)
+        # pow_k weights the policy's gradient; times N, so that equal weights change nothing.
         if cfg.strategy.startswith("pow_"):
             weights = filter_weights(prompt_scores, cfg.strategy)[rows, columns]
             batch["advantages"] *= per_prompt * weights[:, None]
-        kl = (old_logprobs - ref_logprobs) * mask
+        kl = (old_logprobs - ref_logprobs) * mask  # that of the policy before this update
         line = {
             "iteration": iteration,
             "kl_per_response": kl.sum(1).mean().item(),  # of the kept responses
             "kl_per_token": masked_mean(kl, mask).item(),
             "kl_coef": kl_coef,
         }
+        if cfg.kl_control == "adaptive" and "policy_loss" in metrics[-1]:
+            # While only the critic has learned, the KL is 0 and would lower the coefficient.
+            kl_coef = adapt_kl_coef(
+                kl_coef, line["kl_per_response"], cfg.kl_target, len(texts), cfg.kl_horizon
+            )
         if iteration == 1:
             check_first_step(policy, batch, kl, [sampler_logprobs[k] for k in kept], cfg, amp)
         if validating:
-            # Kept responses are a biased sample of the policy. The first of each prompt is not.
+            # Kept responses are a biased sample of the policy's. The first of each prompt is not.
             unfiltered = make_batch(prompts, responses[::per_prompt])
             logprobs, refs = policy_and_reference(policy, reference, unfiltered, cfg, amp)
             line["unfiltered_kl_per_response"] = (logprobs - refs).sum(1).mean().item()
             line["entropy"] = -masked_mean(logprobs, unfiltered["response_mask"]).item()
         clock.append(time.time())
 
-        # ---- PPO epochs
+        # ---- PPO epochs; the log has the statistics of the last one
         for _ in range(cfg.epochs):
-            if critic is not None:
-                statistics = train_epoch(
-                    *learners["critic"], critic_loss, batch, cfg, generator, amp
-                )
-                line |= {f"critic_{name}": value for name, value in statistics.items()}
-            if critic is None or iteration > cfg.critic_warmup:
-                statistics = train_epoch(
-                    *learners["policy"], actor_loss, batch, cfg, generator, amp
-                )
-                line |= {f"policy_{name}": value for name, value in statistics.items()}
+            for name, (model, optimizer, loss) in learners.items():
+                if name == "critic" or critic is None or iteration > cfg.critic_warmup:
+                    statistics = train_epoch(model, optimizer, loss, batch, cfg, generator, amp)
+                    line |= {f"{name}_{key}": value for key, value in statistics.items()}
         clock.append(time.time())
 
         # ---- log
@@ -446,6 +454,7 @@ def main(cfg):
             line["explained_variance"] = explained_variance(
                 batch["old_values"], batch["returns"], mask
             ).item()
+        kept_rows = set(kept)
         rollouts = [
             {
                 "task_id": problems[i]["task_id"],
@@ -455,9 +464,9 @@ def main(cfg):
                 "score": scores[k].item(),
                 **sandbox.verdict(results[k]),
                 "truncated": truncated[k].item(),
-                "policy": f"{out}/{iteration:04d}",
+                "policy": f"{out}/{iteration:04d}",  # by which stage 3 groups them
                 "iteration": iteration,
-                "kept": k in kept,
+                "kept": k in kept_rows,
             }
             for k, i in enumerate(task_rows)
         ]
@@ -465,10 +474,6 @@ def main(cfg):
         clock.append(time.time())
 
         # ---- validate and save
-        if cfg.kl_control == "adaptive" and "policy_loss" in metrics[-1]:  # before, the KL is 0
-            kl_coef = adapt_kl_coef(
-                kl_coef, line["kl_per_response"], cfg.kl_target, len(texts), cfg.kl_horizon
-            )
         if validating:
             line["validation_pass_at_1"] = validate(
                 policy, tokenizer, validation, validation_ids, cfg, amp
@@ -488,14 +493,16 @@ def main(cfg):
     save_model(policy, tokenizer, out / "last")
     plot_curves(metrics, out / "curves.png", f"{cfg.strategy}, KL coefficient {cfg.kl_coef}")
     sandbox.save_config(cfg, out)
+    (out / "state.pt").unlink()
     print(f"saved {out}: best validation pass@1 {best:.3f}; 04_pf_ppo took {cost(started)}")
 
 
 # ------------------------------------------------------------------------ settings, state, models
+# From here to "train", most helpers are the same in every stage: skip them on a first reading.
 
 
 def rollout_shape(cfg):
-    """n prompts and N responses to each; settings that do not go together are refused."""
+    """n prompts and N responses to each, after a look at the settings: bad ones are refused."""
     n, per_prompt = cfg.prompts_per_iteration, cfg.responses_per_prompt
     if cfg.strategy == "single":  # PPO-S: as many responses, each to a prompt of its own
         n, per_prompt = n * per_prompt, 1
@@ -505,9 +512,12 @@ def rollout_shape(cfg):
             f"--strategy {cfg.strategy} --advantage {cfg.advantage} needs two responses to a "
             f"prompt and has {per_prompt}; raise --responses_per_prompt or change the strategy"
         )
+    sizes = ("_size", "_every", "_iteration", "_prompt", "_tokens", "epochs", "iterations")
     for name, value in dataclasses.asdict(cfg).items():
-        if name.endswith(("_size", "_every", "_iteration", "epochs")) and value < 1:
+        if name.endswith(sizes) and value < 1:
             sandbox.fail(f"--{name} {value}: it must be at least 1")
+    if cfg.temperature <= 0:
+        sandbox.fail(f"--temperature {cfg.temperature}: it must be above 0, since PPO samples")
     if cfg.kl_control == "adaptive" and (
         cfg.kl_target <= 0 or 5 * cfg.kl_horizon <= n * per_prompt
     ):
@@ -540,8 +550,9 @@ def load_state(cfg, out):
 def save_state(out, cfg, learners, **progress):
     """Write state.pt, all that --resume needs: about 12 bytes per trained parameter."""
     state = {"config": dataclasses.asdict(cfg), **progress}
-    for name, (model, optimizer) in learners.items():
-        state[name] = model.state_dict(), optimizer.state_dict()
+    for name, (model, optimizer, _) in learners.items():
+        trained = {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
+        state[name] = trained, optimizer.state_dict()
     torch.save(state, out / "state.tmp")
     (out / "state.tmp").replace(out / "state.pt")
 
@@ -565,7 +576,7 @@ def set_up(cfg):
 
 
 def check_folder(path):
-    """A missing or unusable model folder is named at once, not taken for a name on the hub."""
+    """Fail at once where a model folder is missing, instead of looking its name up on the hub."""
     if (Path(path) / "adapter_config.json").is_file():
         sandbox.fail(f"{path} holds LoRA adapters only; merge them into their base model first")
     if str(path).startswith(("/", ".", "out/")) and not (Path(path) / "config.json").is_file():
@@ -579,7 +590,7 @@ def load_tokenizer(path, plain=False):
     <|im_end|>, Gemma <end_of_turn>). An instruction-tuned model emits that one, so it becomes the
     EOS. A pad token equal to EOS would hide the EOS that we train.
 
-    Args: plain: leave the chat template out for good.
+    Args: plain: drop the chat template, in saved copies, too.
     """
     check_folder(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -612,7 +623,7 @@ def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
     A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
-    others. EOS and pad stand in the config, where other programs look for them.
+    others. EOS and pad are also written to the config, where other programs look for them.
     """
     check_folder(path)
     config = AutoConfig.from_pretrained(path, **options)
@@ -625,8 +636,8 @@ def load_model(model_class, path, tokenizer, **options):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
-    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
-        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    for place in filter(None, (model.config, getattr(model, "generation_config", None))):
+        place.eos_token_id, place.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
 
 
@@ -646,12 +657,12 @@ def load_reward_model(path, tokenizer):
 
 
 def load_models(cfg, tokenizer, device):
-    """Policy and critic learn, reference and reward model are frozen; the last two may be None.
+    """Policy and critic learn, reference and reward model are frozen.
 
     With LoRA two models are held: the reference is the policy without its adapters, and the
     reward model is the critic without its own.
 
-    Returns: policy, reference, critic, reward_model.
+    Returns: policy, reference, critic, reward_model; the critic and the RM can be None.
     """
     policy = load_model(AutoModelForCausalLM, cfg.policy, tokenizer)
     reward_model = critic = None
@@ -666,9 +677,8 @@ def load_models(cfg, tokenizer, device):
     if cfg.lora_rank:
         policy = reference = add_adapters(policy, cfg.lora_rank, "CAUSAL_LM")
         if critic is not None:
-            same = critic is reward_model
             critic = add_adapters(critic, cfg.lora_rank, "SEQ_CLS")
-            reward_model = critic if same else reward_model
+            reward_model = reward_model and critic
     else:
         reference = copy.deepcopy(policy).requires_grad_(False)
     if reward_model is not None and reward_model is not critic:
@@ -708,13 +718,13 @@ def without_adapters(model):
 
 
 def make_optimizer(model, lr):
-    """AdamW over what learns, without weight decay."""
+    """AdamW over the trainable parameters, without weight decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
 
 
 def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, LoRA merged in float32, whole or not at all."""
+    """Save an ordinary Hugging Face folder, LoRA merged in float32; it is complete or absent."""
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     temporary = Path(f"{directory}.tmp")
@@ -729,7 +739,7 @@ def save_model(model, tokenizer, directory):
 
 
 def prompts_of_iteration(count, per_iteration, iteration, seed):
-    """Problem indices of an iteration (from 1): slices of an endless row of shuffled passes.
+    """Problem indices of an iteration (from 1): slices of endlessly repeated, reshuffled passes.
 
     They depend on nothing else, so every strategy of a seed sees the same prompts in the same
     order, and so does a resumed run.
@@ -746,8 +756,8 @@ def prompts_of_iteration(count, per_iteration, iteration, seed):
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt up to the first response token, by the chat template if there is one.
 
-    BOS comes from one place only, the template or the tokenizer. A tokenizer that appends EOS is
-    not heeded: the response is yet to come.
+    BOS comes from one place only, the template or the tokenizer. An EOS that the tokenizer appends
+    is removed, since the response follows.
     """
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
@@ -831,7 +841,7 @@ def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
     going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones without EOS
     for t in range(cfg.max_new_tokens):
         distribution = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-        if temperature > 0:  # the inverse of the cumulative distribution, quicker than multinomial
+        if temperature > 0:  # invert the cumulative distribution: torch.multinomial is slow on CPUs
             cumulative = distribution.exp().cumsum(-1)
             uniform = torch.rand(len(cumulative), 1, device=device) * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, uniform, right=True)
@@ -864,7 +874,7 @@ def decode_response(tokenizer, ids):
     """The text of a response without its EOS, as it continues a prompt.
 
     SentencePiece tokenizers drop a space at the start of a text: of "    return x" three would be
-    left, and no program would run. Behind a line break they drop nothing.
+    left, and no program would run. After a line break they keep all spaces.
     """
     ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
     start = tokenizer("\n", add_special_tokens=False).input_ids
@@ -887,7 +897,7 @@ def validate(policy, tokenizer, problems, prompts, cfg, amp):
 def make_batch(prompts, responses):
     """Token id lists -> prompt_ids (B, P) padded left, response_ids (B, T) right, and their masks.
 
-    The masks come from lengths: what stands on padding is never looked at.
+    The masks come from lengths; padding ids are never read.
     """
     width, length = max(map(len, prompts)), max(map(len, responses))
     batch = {
@@ -1024,7 +1034,7 @@ def check_first_step(policy, batch, kl, sampler_logprobs, cfg, amp):
     mb = take_rows(batch, rows, policy.device)
     with torch.no_grad(), amp:
         logprobs = logprobs_of(policy, mb, cfg)
-        bf16 = torch.is_autocast_enabled(policy.device.type)
+        bf16 = torch.is_autocast_enabled(policy.device.type)  # inside amp: is it on?
     sampled = torch.zeros(kl.shape)
     for row, values in enumerate(sampler_logprobs):
         sampled[row, : len(values)] = torch.tensor(values)
@@ -1037,7 +1047,7 @@ def check_first_step(policy, batch, kl, sampler_logprobs, cfg, amp):
     }
     for what, gap in gaps.items():
         if not gap <= (0.05 if bf16 else 0.001):  # bf16 has three digits
-            sandbox.fail(f"before the first update {what} by {gap:.4f}: not one and the same model")
+            sandbox.fail(f"before the first update {what} by {gap:.4f}: not the same policy")
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -1066,7 +1076,8 @@ def train_epoch(model, optimizer, loss_function, batch, cfg, generator, amp):
     totals = {}
     order = torch.randperm(len(lengths), generator=generator)
     with sandbox.progress_bar(len(order), "training") as bar:
-        for minibatch in order.split(cfg.minibatch_size):
+        # Of nearly equal size: a last minibatch of one row would move the weights as far as others.
+        for minibatch in order.tensor_split(math.ceil(len(order) / cfg.minibatch_size)):
             minibatch = minibatch[lengths[minibatch].argsort()]  # rows of similar length together
             tokens = int(lengths[minibatch].sum())
             for rows in minibatch.split(cfg.micro_batch_size):
@@ -1114,7 +1125,7 @@ def cost(started):
 
 
 def plot_curves(metrics, path, title):
-    """Score, true pass rate and KL of the rollouts: over-optimisation parts the first two."""
+    """Score, true pass rate and KL: under over-optimisation the first rises, the second falls."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1125,7 +1136,7 @@ def plot_curves(metrics, path, title):
     panels = [
         ("score", "score of the rollouts", "score", "tab:orange"),
         ("pass_rate", "programs that pass their tests", "pass rate", "tab:green"),
-        ("kl_per_response", "distance from the SFT policy", "KL, nats per response", "tab:blue"),
+        ("kl_per_response", "KL of the kept responses", "nats per response", "tab:blue"),
     ]
     for axis, (name, heading, label, colour) in zip(axes, panels):
         steps, values = [m["iteration"] for m in lines], [m[name] for m in lines]

@@ -265,7 +265,7 @@ def set_up(cfg):
 
 
 def check_folder(path):
-    """A missing or unusable model folder is named at once, not taken for a name on the hub."""
+    """Fail at once where a model folder is missing, instead of looking its name up on the hub."""
     if (Path(path) / "adapter_config.json").is_file():
         sandbox.fail(f"{path} holds LoRA adapters only; merge them into their base model first")
     if str(path).startswith(("/", ".", "out/")) and not (Path(path) / "config.json").is_file():
@@ -279,7 +279,7 @@ def load_tokenizer(path, plain=False):
     <|im_end|>, Gemma <end_of_turn>). An instruction-tuned model emits that one, so it becomes the
     EOS. A pad token equal to EOS would hide the EOS that we train.
 
-    Args: plain: leave the chat template out for good.
+    Args: plain: drop the chat template, in saved copies, too.
     """
     check_folder(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -312,7 +312,7 @@ def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
     A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
-    others. EOS and pad stand in the config, where other programs look for them.
+    others. EOS and pad are also written to the config, where other programs look for them.
     """
     check_folder(path)
     config = AutoConfig.from_pretrained(path, **options)
@@ -325,8 +325,8 @@ def load_model(model_class, path, tokenizer, **options):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
-    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
-        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    for place in filter(None, (model.config, getattr(model, "generation_config", None))):
+        place.eos_token_id, place.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
 
 
@@ -372,8 +372,8 @@ def respond(policy, tokenizer, prompts, cfg, amp, label):
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt up to the first response token, by the chat template if there is one.
 
-    BOS comes from one place only, the template or the tokenizer. A tokenizer that appends EOS is
-    not heeded: the response is yet to come.
+    BOS comes from one place only, the template or the tokenizer. An EOS that the tokenizer appends
+    is removed, since the response follows.
     """
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
@@ -457,7 +457,7 @@ def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
     going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones without EOS
     for t in range(cfg.max_new_tokens):
         distribution = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-        if temperature > 0:  # the inverse of the cumulative distribution, quicker than multinomial
+        if temperature > 0:  # invert the cumulative distribution: torch.multinomial is slow on CPUs
             cumulative = distribution.exp().cumsum(-1)
             uniform = torch.rand(len(cumulative), 1, device=device) * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, uniform, right=True)
@@ -490,7 +490,7 @@ def decode_response(tokenizer, ids):
     """The text of a response without its EOS, as it continues a prompt.
 
     SentencePiece tokenizers drop a space at the start of a text: of "    return x" three would be
-    left, and no program would run. Behind a line break they drop nothing.
+    left, and no program would run. After a line break they keep all spaces.
     """
     ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
     start = tokenizer("\n", add_special_tokens=False).input_ids
@@ -501,7 +501,7 @@ def decode_response(tokenizer, ids):
 def make_batch(prompts, responses):
     """Token id lists -> prompt_ids (B, P) padded left, response_ids (B, T) right, and their masks.
 
-    The masks come from lengths: what stands on padding is never looked at.
+    The masks come from lengths; padding ids are never read.
     """
     width, length = max(map(len, prompts)), max(map(len, responses))
     batch = {

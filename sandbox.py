@@ -899,10 +899,15 @@ def save_config(cfg, directory):
 
 
 def progress_bar(total, label):
-    """A tqdm bar that stays away from what takes less than three seconds; label None: no bar."""
+    """A tqdm bar that stays away from what takes less than three seconds; label None: no bar.
+
+    In a log file it moves every half minute: a real model samples for minutes.
+    """
     from tqdm import tqdm  # not at the top: the sandbox alone needs the standard library only
 
-    return tqdm(total=total, desc=label, delay=3, mininterval=1, leave=False, disable=label is None)
+    interval = 1 if sys.stderr.isatty() else 30
+    off = label is None
+    return tqdm(total=total, desc=label, delay=3, mininterval=interval, leave=False, disable=off)
 
 
 # ---------------------------------------- command line

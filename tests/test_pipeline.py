@@ -66,30 +66,31 @@ def test_samples_have_their_fields_and_verdicts(pipeline, path):
     assert {0.0, 1.0} == {record["actual_score"] for record in records}  # both verdicts occur
 
 
-def test_checkpoints_are_ordinary_folders(pipeline, ppo):
+def test_checkpoints_are_ordinary_folders(pipeline, ppo, sft):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     out = pipeline["folder"] / "out"
-    sft, best, last = (
+    start, best, last = (
         AutoModelForCausalLM.from_pretrained(out / name)
         for name in ("sft", "ppo_bw/best", "ppo_bw/last")
     )
-    assert sft.config.eos_token_id != sft.config.pad_token_id
-    assert any(not torch.equal(a, b) for a, b in zip(sft.parameters(), last.parameters()))
+    assert start.config.eos_token_id == best.config.eos_token_id != best.config.pad_token_id
+    assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), last.parameters()))
     reward_model = AutoModelForSequenceClassification.from_pretrained(out / "rm")
     assert reward_model.config.num_labels == 1 and reward_model.config.reward_std > 0
-    # A batch through transformers' own forward pass gives the scores that 04 computes.
+    # A batch through transformers' own forward pass gives the scores that stage 2 has saved.
     tokenizer = ppo.load_tokenizer(str(out / "rm"))
     samples = [r for r in read(out / "rm/validation_samples.jsonl") if not r["truncated"]][:20]
-    texts = [r["prompt"] + r["response"] + tokenizer.eos_token for r in samples]
-    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-    batch.pop("token_type_ids", None)
+    rows = [
+        ppo.encode_prompt(tokenizer, r["prompt"]) + sft.encode_response(tokenizer, r["response"])
+        for r in samples
+    ]
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
     with torch.no_grad():
         scores = reward_model(**batch).logits[:, 0]
     stored = torch.tensor([r["rm_score"] for r in samples])
     # A policy may have sampled a text by other tokens than the tokenizer's own: not quite all.
     assert (scores - stored).abs().less(1e-2).float().mean() >= 0.8
-    del best
 
 
 def test_r2_names_a_filter_or_none(pipeline):
@@ -206,25 +207,31 @@ def test_the_tests_as_reward_need_no_reward_model(pipeline, ppo, monkeypatch, ad
         assert metrics[1]["explained_variance"] == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_the_policy_follows_the_reward_and_its_opposite(pipeline, ppo, monkeypatch, sign):
+@pytest.mark.parametrize("advantage", ["gae", "grpo"])
+def test_the_policy_follows_the_reward_and_its_opposite(pipeline, ppo, monkeypatch, advantage):
     """A reward for short responses makes them shorter; with its sign flipped, longer."""
+    final = {}
+    for sign in (1.0, -1.0):
 
-    def reward(model, sequences, batch_size, progress=None):
-        lengths = torch.tensor([float(len(ids)) for ids in sequences])
-        config = ppo.unwrapped(model).config
-        return config.reward_mean - sign * config.reward_std * lengths / 5
+        def reward(model, sequences, batch_size, progress=None, sign=sign):
+            lengths = torch.tensor([float(len(ids)) for ids in sequences])
+            config = ppo.unwrapped(model).config
+            score = -sign * (lengths - lengths.mean()) / 5
+            return config.reward_mean + config.reward_std * score
 
-    monkeypatch.setattr(ppo, "score_responses", reward)
-    options = dict(strategy="none", iterations=7, prompts_per_iteration=16, lr=1e-3, kl_coef=0.0)
-    options |= dict(max_new_tokens=48, truncation_penalty=0.0, minibatch_size=40, eval_every=7)
-    metrics, _ = small_run(ppo, pipeline["folder"], monkeypatch, **options)
-    first, last = (sum(m["length"] for m in part) / 2 for part in (metrics[1:3], metrics[-2:]))
-    assert sign * (first - last) > 1.5
+        monkeypatch.setattr(ppo, "score_responses", reward)
+        options = dict(advantage=advantage, strategy="none", iterations=4, critic_warmup=0, lr=1e-3)
+        options |= dict(
+            prompts_per_iteration=16, minibatch_size=16, max_new_tokens=48, eval_every=4
+        )
+        options |= dict(kl_coef=0.0, truncation_penalty=0.0)
+        metrics, _ = small_run(ppo, pipeline["folder"], monkeypatch, **options)
+        final[sign] = metrics[-1]["length"]
+    assert final[-1.0] - final[1.0] > 3  # tokens, of about 26
 
 
 def test_a_truncated_response_is_marked_and_pays_a_penalty(pipeline, ppo, monkeypatch):
-    options = dict(strategy="none", max_new_tokens=12, iterations=1, critic_warmup=0)
+    options = dict(strategy="none", max_new_tokens=24, iterations=1, critic_warmup=0)
     _, records = small_run(ppo, pipeline["folder"], monkeypatch, **options)
     config = ppo.AutoConfig.from_pretrained("out/rm")
     assert {True, False} == {record["truncated"] for record in records}

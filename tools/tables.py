@@ -6,9 +6,7 @@ of reinforcement learning alone. Methods of a seed see the same prompts in the s
 PLUM, which take more and fewer prompts, do not), so differences are paired by seed.
 
     python tools/tables.py list       all runs in order of worth, with their commands
-    python tools/tables.py run --budget_minutes 60 --jobs 2
-                                      goes on where it stopped; one line per run in
-                                      results/results.jsonl
+    python tools/tables.py run        adds to results/results.jsonl, goes on where it stopped
     python tools/tables.py show       results/tables.md and its figures, from results.jsonl alone
 
 A run is one or more numbered scripts as subprocesses, with their defaults but for the flags that
