@@ -696,7 +696,8 @@ PLAIN = """math cmath re sys random string itertools functools collections opera
     calendar numpy textwrap unittest ast zoneinfo base64 binascii unicodedata difflib uuid"""
 MODULES = set(PLAIN.split())
 # What needs the candidate in the same process, or could run what it answers.
-WORDS = """redirect_stdout redirect_stderr patch mock StringIO stdout stdin stderr capsys monkeypatch
+WORDS = """
+    redirect_stdout redirect_stderr patch mock StringIO stdout stdin stderr capsys monkeypatch
     asyncio globals locals vars eval exec open input environ seed setstate setrecursionlimit
     getcontext setcontext localcontext modules allow_pickle __import__ __dict__ __globals__"""
 SHARED = set(WORDS.split())

