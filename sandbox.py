@@ -24,6 +24,7 @@ The three files stand alone: Linux 5.3, Python 3.11. docs/sandbox.md says what h
 import ast
 import atexit
 import collections
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -39,6 +40,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -269,10 +271,8 @@ class Outcome:
             return "timeout", "the tests took too long over the candidate's values"
         if os.WIFSIGNALED(self.exit_status):
             return "error", f"ended by signal {os.WTERMSIG(self.exit_status)}"
-        return (
-            "error",
-            f"ended with exit code {os.WEXITSTATUS(self.exit_status)} before its tests were done",
-        )
+        code = os.WEXITSTATUS(self.exit_status)
+        return "error", f"ended with exit code {code} before its tests were done"
 
 
 MISSING = None  # walls that this machine does not have, found out once by trying
@@ -282,27 +282,27 @@ IDLE = []  # workers at rest
 class Worker:
     """S and Z, spawned once and kept (never forked: a process that holds torch forks slowly)."""
 
-    namespaces = True  # of the next worker; False once they have been seen not to work
+    namespaces = None  # whether they work here: found out by the first worker, and kept to
 
     def __init__(self):
         if not sys.platform.startswith("linux"):
             raise RuntimeError("sandbox.py needs Linux")
         self.take_core()
-        while not self.spawn():
+        known = Worker.namespaces
+        for namespaces in [True, False] if known is None else [known, known]:
+            if self.spawn(namespaces):
+                Worker.namespaces = namespaces
+                return
             self.process.wait()
-            if not Worker.namespaces:
-                raise RuntimeError("the sandbox's worker does not start")
-            Worker.namespaces = False
+        raise RuntimeError("the sandbox's worker does not start")
 
     def take_core(self):
         """Z, J and U take turns: on one core, since waking another costs more.
 
         The name keeps other workers off it, but not another container's: hence the random order.
         """
-        self.core, self.cores = (
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
-            os.sched_getaffinity(0),
-        )
+        self.core = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.cores = os.sched_getaffinity(0)
         for core in sorted(self.cores, key=lambda core: os.urandom(8)):
             try:
                 self.core.bind(f"\0sandbox.py on core {core}")
@@ -311,12 +311,12 @@ class Worker:
             self.cores = {core}
             return
 
-    def spawn(self):
+    def spawn(self, namespaces):
         """Returns whether Z is ready."""
         self.control, theirs = socket.socketpair()
         folder = os.path.dirname(os.path.abspath(__file__))
         site = [p for p in sys.path if "site-packages" in p or "dist-packages" in p]
-        arguments = f"{theirs.fileno()}, {Worker.namespaces}, {site}, {self.cores}"
+        arguments = f"{theirs.fileno()}, {namespaces}, {site}, {self.cores}"
         code = f"import sys; sys.path[:1] = [{folder!r}]; import walls; sys.path[:1] = []\n"
         code += f"sys.path += {site}; walls.serve({arguments})"
         # In a session of its own: Ctrl-C is for the caller. Symbols are bound before the forks.
@@ -366,19 +366,14 @@ class Worker:
         except (OSError, ValueError):
             return None
         data = b""
-        self.line.setblocking(False)
-        try:
+        self.line.setblocking(False)  # all has been said
+        with contextlib.suppress(OSError):
             while part := self.line.recv(1 << 16):
                 data += part
-        except OSError:
-            pass
         self.line.close()
         said = []
-        for line in data.split(b"\n")[:-1]:
-            try:
-                said.append(json.loads(line))
-            except (ValueError, RecursionError):  # not J's words
-                return Outcome(*report)
+        with contextlib.suppress(ValueError, RecursionError):  # U can write anything
+            said = [json.loads(line) for line in data.split(b"\n")[:-1]]
         return Outcome(*report, said)
 
     def end(self):
@@ -555,18 +550,20 @@ def block_body(lines, start, end, opening):
 
 def parses(code):
     """Whether this is Python: as it stands, or as a body."""
-    return (
-        parse(code) is not None
-        or parse("if 1:\n" + textwrap.indent(textwrap.dedent(code), " ")) is not None
-    )
+    body = textwrap.indent(textwrap.dedent(code), " ")
+    return parse(code) is not None or parse("def body():\n" + body) is not None
 
 
 @functools.lru_cache(maxsize=16)
 def parse(code):
-    try:
-        return ast.parse(code)
-    except Exception:
-        return None
+    """The syntax tree of code that compiles; a `return` outside of a function parses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            compile(code, "solution.py", "exec", dont_inherit=True)
+            return ast.parse(code)
+        except Exception:
+            return None
 
 
 def names_of(node):
@@ -598,14 +595,8 @@ def defines(code, name):
 def looks_defined(code, name):
     """The same for code that may not parse."""
     name = re.escape(name) if name else r"\w+"
-    return (
-        re.search(
-            rf"^(?:async[ \t]+def|def|class)[ \t]+{name}\b|^{name}[ \t]*(?::[^=\n]+)?=(?!=)",
-            code,
-            re.M,
-        )
-        is not None
-    )
+    start = rf"(?:async[ \t]+def|def|class)[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]+)?=(?!=)"
+    return re.search(rf"^(?:{start})", code, re.M) is not None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -669,11 +660,8 @@ def with_helpers(code, blocks):
 def longest_program(prefix, code, name):
     """The longest run of lines that defines the entry point: words around the code go."""
     lines = code.splitlines() if code.strip() else []
-    starts = [
-        n
-        for n, line in enumerate(lines)
-        if re.match(r"(def|class|import|from|async def)\b|@|[ \t]+\S", line)
-    ]
+    first = re.compile(r"(def|class|import|from|async def)\b|@|[ \t]+\S")
+    starts = [number for number, line in enumerate(lines) if first.match(line)]
     for start in [0, *starts][:3]:
         end = len(lines)
         for _ in range(20):  # up to the first line that is no Python, as the parser sees it

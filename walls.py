@@ -59,7 +59,8 @@ CALLS = """socket 41 198, connect 42 203, bind 49 200, ptrace 101 117, process_v
 # Without namespaces also: to leave the process group, and what Landlock does not know, or only in
 # later versions: mode, owner, attributes and times of files, and their size by path.
 CALLS_ON_FILES = """setpgid 109 154, setsid 112 157, fchmod 91 52, fchmodat 268 53,
-    fchmodat2 452 452, fchown 93 55, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, truncate 76 45,
+    fchmodat2 452 452, fchown 93 55, fchownat 260 54, setxattr 188 5, lsetxattr 189 6,
+    fsetxattr 190 7, truncate 76 45,
     removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, setxattrat 463 463,
     removexattrat 466 466, utimensat 280 88"""
 

@@ -350,7 +350,7 @@ def test_a_judge_that_has_fallen_has_no_rights_and_no_future():
     """Tests that hand an answer to something like `eval` by another name: J stands behind the same walls, for one job."""
     probe = (
         "import random\nsystem = random._os\nassert f() == 1\nassert system.getuid() != 0\n"
-        "for p in ['/etc/passwd', '/proc/1/environ', '/home', '/usr/bin']:\n"
+        "for p in ['/etc/passwd', '/proc/1/environ', '/home']:\n"
         "    try: system.stat(p)\n    except OSError: pass\n    else: assert 0, p\n"
         "for p in (1, system.getppid()):\n    try: system.kill(p, 9)\n    except OSError: pass"
     )

@@ -67,7 +67,7 @@ def rss(pid="self"):
     return int(open(f"/proc/{pid}/statm").read().split()[1]) * 4 >> 10
 
 
-@pytest.mark.parametrize("count", [int(os.environ.get("SANDBOX_LOAD", "2000"))])
+@pytest.mark.parametrize("count", [int(os.environ.get("SANDBOX_LOAD", "1000"))])
 def test_load(count):
     """SANDBOX_LOAD=100000 runs the long form."""
     rng = random.Random(0)

@@ -55,6 +55,8 @@ ANSWERS = {
     "a body and the whole function again": (f"{BODY}\n{CODE}", FULL),
     "a body and a helper": ("    return mine(xs)\n\ndef mine(xs):\n    return sorted(xs)\n", FULL),
     "a helper and a call of the prefix": (f"{F}python\n    return mine(xs)\n\ndef mine(xs):\n    return sorted(xs)\n{F}", FIB),
+    "a body without its indent behind a docstring": ("return sorted(xs)\n", FIB),
+    "such a body in a fence": (f"{F}python\nxs = list(xs)\nreturn sorted(xs)\n{F}", FIB),
     "a method": ("def solve(self, xs):\n    return sorted(xs)\n", CLASS),
     "a method in a fence": (f"{F}python\ndef solve(self, xs):\n    return sorted(xs)\n{F}", CLASS),
     "a class": (f"{F}python\nclass Solution:\n    def solve(self, xs):\n        return sorted(xs)\n{F}", CLASS),
