@@ -659,7 +659,7 @@ def with_helpers(code, blocks):
 
 def longest_program(prefix, code, name):
     """The longest run of lines that defines the entry point: words around the code go."""
-    lines = code.splitlines() if code.strip() else []
+    lines = code.splitlines() if code.strip() and len(code) < 50_000 else []
     first = re.compile(r"(def|class|import|from|async def)\b|@|[ \t]+\S")
     starts = [number for number, line in enumerate(lines) if first.match(line)]
     for start in [0, *starts][:3]:

@@ -426,17 +426,13 @@ class Job:
 
     def __init__(self, kind, cpu, memory_mb, size, fds, layers, rules, scratch):
         self.kind, self.cpu, self.memory_mb, self.size = kind, cpu, memory_mb, size
-        self.line, self.stdin = (
-            fds[0],
-            fds[1] if len(fds) > 1 else None,
-        )  # the caller's end; a program's input
+        self.line, self.stdin = fds if len(fds) > 1 else (*fds, None)  # to the caller; the input
         self.layers, self.rules, self.scratch = layers, rules, scratch
 
     def run(self, caller):
         """Returns [reason, exit statuses of U and J, CPU seconds of U and its children, output]."""
-        self.output, self.output_write = (
-            os.pipe()
-        )  # new for each job: its flags are a program's to change
+        # New for each job: a program may change its flags.
+        self.output, self.output_write = os.pipe()
         self.judge, link = None, None
         if self.kind == "split":
             link, theirs = socket.socketpair()
@@ -453,17 +449,10 @@ class Job:
         while (data := os.read(self.output, 1 << 16)) and len(text) < self.kept():
             text.extend(data)  # nobody is left who could write
         os.close(self.output)
-        if reason == "ended" and (
-            seconds > self.cpu or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
-        ):
+        if reason == "ended" and (seconds > self.cpu or status == signal.SIGXCPU):
             reason = "timeout"  # by its children, too
-        return [
-            reason,
-            status,
-            judge_status,
-            seconds,
-            text[: self.kept()].decode("utf-8", "replace"),
-        ]
+        text = text[: self.kept()].decode("utf-8", "replace")
+        return [reason, status, judge_status, seconds, text]
 
     def kept(self):
         return MAX_OUTPUT if self.kind == "program" else KEEP_OUTPUT
