@@ -709,7 +709,7 @@ LIBRARY |= dict.fromkeys(
 )
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def plan(setup, tests, entry_point):
     """What these tests are and need, from their text alone. The caller keeps it for other programs.
 
