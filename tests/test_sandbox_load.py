@@ -496,6 +496,32 @@ def test_cli_says_where_the_input_is_bad(tmp_path, which, records, place, field)
     assert (tmp_path / "o.jsonl").read_text() == "keep me\n"
 
 
+def test_cli_scores_samples_that_have_verdicts(tmp_path):
+    """The output of one run is the input of another: verdicts are replaced, `trust` is among them."""
+    problems, first = write(tmp_path / "p.jsonl", PROBLEMS), tmp_path / "1.jsonl"
+    old = [s | {"actual_score": 0.5, "status": "?", "trust": "none"} for s in SAMPLES]
+    assert cli(problems, write(tmp_path / "s.jsonl", old), "-o", first).returncode == 0
+    assert cli(problems, first, "-o", tmp_path / "2.jsonl").returncode == 0
+    assert (tmp_path / "2.jsonl").read_text() == first.read_text()
+    records = [json.loads(line) for line in first.read_text().splitlines()]
+    assert [r["trust"] for r in records] == ["split"] * 4 and records[0]["actual_score"] == 1.0
+    assert cli(problems, write(tmp_path / "s.jsonl", old), "-o", first).returncode == 0  # goes on
+
+
+def test_cli_scores_programs_that_read_stdin(tmp_path):
+    tests = [{"input": "1 2\n", "output": "3\n"}, {"input": "4 5", "output": "9"}]
+    problems = write(tmp_path / "p.jsonl", [{"task_id": "a", "tests": tests}])
+    code = "a, b = map(int, input().split())\nprint(a + b)"
+    samples = [
+        {"task_id": "a", "response": f"```python\n{code}\n```"},
+        {"task_id": "a", "response": "print(3)"},
+    ]
+    out = tmp_path / "o.jsonl"
+    assert cli(problems, write(tmp_path / "s.jsonl", samples), "-o", out).returncode == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["status"], r["passed_tests"]) for r in records] == [("passed", 2), ("failed", 1)]
+
+
 def test_cli_overwrites_nothing_of_others(tmp_path):
     problems, samples = write(tmp_path / "p.jsonl", PROBLEMS), write(tmp_path / "s.jsonl", SAMPLES)
     for content in (
