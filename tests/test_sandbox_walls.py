@@ -685,3 +685,45 @@ def test_the_walls_hold_with_and_without_namespaces(namespaces, monkeypatch, tmp
         assert inside("import os\ndef f(): return os.listdir('.')") == []
     finally:
         sandbox.close()
+
+
+def test_a_fork_loop_in_one_worker_is_not_felt_in_another():
+    """Each worker's processes have a limit of their own."""
+    if "number of processes" in (sandbox.MISSING or []):
+        pytest.skip("the number of processes is not limited on this host")
+    bomb = "import os, time\nfor _ in range(200):\n    try:\n        if os.fork() == 0: time.sleep(9)\n    except OSError: pass\ntime.sleep(1)\ndef f(): return 0"
+    honest = "import threading, time\ndef f():\n    ts = [threading.Thread(target=time.sleep, args=(0.05,)) for _ in range(20)]\n    [t.start() for t in ts], [t.join() for t in ts]\n    return 1"
+    jobs = [
+        dict(code=code, tests=["assert f() == 1"], entry_point="f", timeout=2.0)
+        for code in [bomb] + [honest] * 8
+    ]
+    assert [r.passed for r in sandbox.run_many(jobs, workers=2)] == [False] + [True] * 8
+
+
+def test_memory_without_a_name_is_refused():
+    assert outside(attempt("os.memfd_create('x')", "import os"))[0] == "done"
+    assert inside(attempt("os.memfd_create('x')", "import os"))[0] == "refused"
+
+
+def test_stdin_is_new_for_each_job():
+    look = "import os\ndef f(): return [os.get_blocking(0), os.read(0, 9)]"
+    before = inside(look)
+    sandbox.run("import os\nos.set_blocking(0, False)\nos.close(0)", ["import solution"])
+    assert inside(look) == before == [True, b""]
+
+
+def test_files_that_come_and_go_leave_no_trace():
+    """Times, inode numbers and counts of the scratch are the same whatever the job before has done there."""
+    if not sandbox.IDLE[0].layers["namespaces"]:
+        pytest.skip("without namespaces the scratch is a folder of the host")
+    look = "import os\ndef f():\n    open('a', 'w')\n    s = os.statvfs('.')\n    return [os.stat('a').st_ino, s.f_ffree, s.f_bavail, len(os.listdir('.'))]"
+    before = inside(look)
+    spoil = "import os\nfor i in range(50):\n    open(f'x{i}', 'w').write('x' * 9999); os.remove(f'x{i}')"
+    sandbox.run(spoil, ["import solution"])
+    assert inside(look) == before
+
+
+def test_children_that_hide_their_time_have_the_wall_limit():
+    code = "import os, signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nif os.fork() == 0:\n    while True: pass\nos.wait()\ndef f(): return 1"
+    result, seconds = timed(code, timeout=0.3)
+    assert not result.passed and seconds < 6
