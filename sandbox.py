@@ -279,6 +279,11 @@ MISSING = None  # walls that this machine does not have, found out once by tryin
 IDLE = []  # workers at rest
 
 
+# One arena: each thread would reserve 64 MB of address space for one of its own.
+ENVIRONMENT = {"LD_BIND_NOW": "1", "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
+ENVIRONMENT |= {"OPENBLAS_NUM_THREADS": "1"}
+
+
 class Worker:
     """S and Z, spawned once and kept (never forked: a process that holds torch forks slowly)."""
 
@@ -328,7 +333,7 @@ class Worker:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             cwd="/",
-            env={"LD_BIND_NOW": "1", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
+            env=ENVIRONMENT,
         )
         theirs.close()
         self.reports = self.control.makefile("rb", 1 << 16)

@@ -692,7 +692,7 @@ def test_a_fork_loop_in_one_worker_is_not_felt_in_another():
     if "number of processes" in (sandbox.MISSING or []):
         pytest.skip("the number of processes is not limited on this host")
     bomb = "import os, time\nfor _ in range(200):\n    try:\n        if os.fork() == 0: time.sleep(9)\n    except OSError: pass\ntime.sleep(1)\ndef f(): return 0"
-    honest = "import threading, time\ndef f():\n    ts = [threading.Thread(target=time.sleep, args=(0.05,)) for _ in range(20)]\n    [t.start() for t in ts], [t.join() for t in ts]\n    return 1"
+    honest = "import threading, time\ndef f():\n    ts = [threading.Thread(target=time.sleep, args=(0.05,)) for _ in range(40)]\n    [t.start() for t in ts], [t.join() for t in ts]\n    return 1"
     jobs = [
         dict(code=code, tests=["assert f() == 1"], entry_point="f", timeout=2.0)
         for code in [bomb] + [honest] * 8
