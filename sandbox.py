@@ -899,8 +899,8 @@ def progress_bar(total, label):
     from tqdm import tqdm  # not at the top: the sandbox alone needs the standard library only
 
     interval = 1 if sys.stderr.isatty() else 30
-    off = label is None
-    return tqdm(total=total, desc=label, delay=3, mininterval=interval, leave=False, disable=off)
+    pace = {"delay": 3, "mininterval": interval, "maxinterval": max(interval, 10)}
+    return tqdm(total=total, desc=label, leave=False, disable=label is None, **pace)
 
 
 # ---------------------------------------- command line
