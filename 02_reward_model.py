@@ -57,6 +57,7 @@ from transformers import (
     DynamicCache,
     get_cosine_schedule_with_warmup,
 )
+from transformers.cache_utils import DynamicLayer
 
 import sandbox
 
@@ -572,12 +573,36 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     return [ids for ids, _ in rows], [logprobs for _, logprobs in rows]
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer with room for later tokens: (rows, heads, tokens, width).
+
+    `DynamicLayer` copies all of them for each new token. With a real model and long responses that
+    takes longer than the model itself.
+    """
+
+    room = None
+
+    def update(self, keys, values, *args, **kwargs):
+        start = self.get_seq_length()
+        end = start + keys.shape[2]
+        if start == 0:
+            return super().update(keys, values)
+        if self.room is None or len(self.room[0]) != len(keys) or self.room[0].shape[2] < end:
+            self.room = [
+                torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)
+            ]
+        self.room[0][:, :, start:end], self.room[1][:, :, start:end] = keys, values
+        self.keys, self.values = (x[:, :, :end] for x in self.room)
+        return self.keys, self.values
+
+
 def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
     """`repeats` responses to each prompt, all at once -> list of (token ids, logprobs)."""
     device, eos = model.device, tokenizer.eos_token_id
     batch = make_batch(prompts, [[]] * len(prompts))
     mask = batch["prompt_mask"].to(device)  # (P, width), 0 on left padding
     cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
     logits = model(
         input_ids=batch["prompt_ids"].to(device),
         attention_mask=mask,

@@ -106,6 +106,24 @@ def test_greedy_sampling_is_that_of_transformers(ppo, model_folder):
     check_greedy(ppo, model_folder)
 
 
+def test_a_cache_with_room_holds_what_the_growing_one_holds(ppo):
+    """Past its room of 64 tokens, and with rows that leave it."""
+    roomy, growing = ppo.RoomyLayer(), ppo.DynamicLayer()
+    torch.manual_seed(0)
+    rows = 6
+    for step in range(150):
+        width = 7 if step == 0 else 1  # the prompt, then token by token
+        keys, values = torch.randn(2, rows, 2, width, 4)
+        for ours, theirs in zip(roomy.update(keys, values), growing.update(keys, values)):
+            assert torch.equal(ours, theirs)
+        if step in (20, 100):
+            keep = torch.arange(0, rows, 2)
+            rows = len(keep)
+            for layer in (roomy, growing):
+                layer.batch_select_indices(keep)
+    assert roomy.get_seq_length() == 156
+
+
 @pytest.mark.parametrize(
     "kind, options",
     [
