@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The pipeline with a pretrained model, SmolLM2-135M-Instruct: about three hours on two CPU cores,
-# minutes on a GPU, 9 GB of memory. A second call goes on where the first stopped. The tiny set's
+# minutes on a GPU, 16 GB of memory. A second call goes on where the first stopped. The tiny set's
 # problems train it, since their tests are exact; HumanEval and MBPP show whether anything gets lost.
 # Usage: bash runs/smollm2.sh    (FILES: a folder with HumanEval.jsonl.gz and mbpp.jsonl.gz, without a hub)
 set -eu -o pipefail
@@ -14,17 +14,25 @@ flags="--bf16 $bf16 --max_new_tokens 96"
 
 mkdir -p models out
 "$python" tools/fetch_smollm2.py --out models/smollm2
-"$python" 00_data.py --out "$data" --sft 1500 --rm 1000 --ppo 300 --validation 80 --test 200
+"$python" 00_data.py --out "$data" --sft 1500 --rm 800 --ppo 300 --validation 80 --test 200
 "$python" 01_sft.py --model ./models/smollm2 --plain --data "$data/sft.jsonl" --out "$out/sft" --epochs 2 \
     --lr 2e-4 --batch_size 32 --micro_batch_size 32 --bf16 "$bf16" --resume
 "$python" 02_reward_model.py --policy "$out/sft" --data "$data/rm.jsonl" --validation "$data/validation.jsonl" \
-    --out "$out/rm" --lr 1e-4 --batch_size 16 --micro_batch_size 16 $flags --resume
+    --out "$out/rm" --epochs 1 --lr 5e-5 --batch_size 8 --micro_batch_size 8 $flags --resume
 "$python" 03_r2_analysis.py --samples "$out/rm/validation_samples.jsonl" --out "$out/r2"
-for strategy in none random2 bw; do
-    "$python" 04_pf_ppo.py --strategy $strategy --policy "$out/sft" --reward_model "$out/rm" --data "$data/ppo.jsonl" \
-        --validation "$data/validation.jsonl" --out "$out/ppo_$strategy" --iterations 15 --prompts_per_iteration 24 \
-        --minibatch_size 24 --lr 1e-5 --critic_lr 3e-5 --kl_coef 0.1 $flags --resume
-done
+
+ppo() {
+    for strategy in "$@"; do
+        "$python" 04_pf_ppo.py --strategy $strategy --policy "$out/sft" --reward_model "$out/rm" \
+            --data "$data/ppo.jsonl" --validation "$data/validation.jsonl" --out "$out/ppo_$strategy" \
+            --iterations 12 --eval_every 4 --prompts_per_iteration 16 --minibatch_size 16 --micro_batch_size 8 \
+            --lr 1e-5 --critic_lr 3e-5 --kl_coef 0.1 --threads 1 $flags --resume
+    done
+}
+# Two runs at a time with one thread each do more than one run with two threads.
+ppo none & pid=$!
+ppo random2 bw
+wait $pid
 "$python" 05_eval.py --policies "$out"/{sft,ppo_none/last,ppo_random2/last,ppo_bw/last} --samples 4 --ks 1 \
     --problems "$data/test.jsonl" --out "$out/eval" $flags
 
@@ -35,4 +43,4 @@ for name in humaneval mbpp; do
 done
 "$python" 05_eval.py --policies ./models/smollm2 "$out"/{sft,ppo_bw/last} --samples 0 --timeout 3 \
     --problems data/humaneval/test.jsonl data/mbpp/test.jsonl --out "$out/eval_public" --bf16 "$bf16" \
-    --max_new_tokens 384 --generate_batch_size 64
+    --max_new_tokens 256 --generate_batch_size 64
