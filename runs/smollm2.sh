@@ -25,7 +25,7 @@ ppo() {
     for strategy in "$@"; do
         "$python" 04_pf_ppo.py --strategy $strategy --policy "$out/sft" --reward_model "$out/rm" \
             --data "$data/ppo.jsonl" --validation "$data/validation.jsonl" --out "$out/ppo_$strategy" \
-            --iterations 12 --eval_every 4 --prompts_per_iteration 16 --minibatch_size 16 --micro_batch_size 8 \
+            --iterations 10 --eval_every 5 --prompts_per_iteration 16 --minibatch_size 16 --micro_batch_size 8 \
             --lr 1e-5 --critic_lr 3e-5 --kl_coef 0.1 --threads 1 $flags --resume
     done
 }
@@ -33,7 +33,7 @@ ppo() {
 ppo none & pid=$!
 ppo random2 bw
 wait $pid
-"$python" 05_eval.py --policies "$out"/{sft,ppo_none/last,ppo_random2/last,ppo_bw/last} --samples 4 --ks 1 \
+"$python" 05_eval.py --policies "$out"/{sft,ppo_none/last,ppo_random2/last,ppo_bw/last} --samples 2 --ks 1 \
     --problems "$data/test.jsonl" --out "$out/eval" $flags
 
 # ---- what the instruct model could do before, and what is left of it
@@ -41,6 +41,6 @@ for name in humaneval mbpp; do
     file=$([ -n "${FILES:-}" ] && ls "$FILES"/*.jsonl.gz | grep -iE "/$name\.jsonl" || true)
     "$python" 00_data.py --dataset $name --out "data/$name" ${file:+--file "$file"}
 done
-"$python" 05_eval.py --policies ./models/smollm2 "$out"/{sft,ppo_bw/last} --samples 0 --timeout 3 \
+"$python" 05_eval.py --policies ./models/smollm2 "$out/ppo_bw/last" --samples 0 --timeout 3 \
     --problems data/humaneval/test.jsonl data/mbpp/test.jsonl --out "$out/eval_public" --bf16 "$bf16" \
     --max_new_tokens 256 --generate_batch_size 64
