@@ -92,14 +92,32 @@ def test_stage_4_trains_on_the_profile(controlled, pipeline, tmp_path, monkeypat
     assert [r["rm_score"] for r in before] != [r["rm_score"] for r in after]
 
 
-@pytest.mark.parametrize("config_only", [False, True])
-def test_benchmark_prints_ratio_and_phases(pipeline, monkeypatch, capsys, config_only):
-    """In float32 both samplers write the same greedy responses."""
+@pytest.mark.parametrize("policy", ["out/sft", "tiny"])
+def test_benchmark_measures_an_iteration_and_every_sampler(pipeline, monkeypatch, tmp_path, policy):
+    """In float32 all samplers write the same greedy responses."""
     benchmark = load_script("tools/benchmark.py")
     monkeypatch.chdir(pipeline["folder"])
-    cfg = benchmark.Config(prompts=4, rounds=1, max_new_tokens=24, threads=1)
-    cfg.config_only, cfg.bf16 = config_only, "off"
+    sizes = {"prompts": 4, "prompt_tokens": 24, "max_new_tokens": 24, "mean_length": 8, "rounds": 1}
+    out = tmp_path / "lines.jsonl"
+    benchmark.main(benchmark.Config((policy,), threads=1, bf16="off", out=str(out), **sizes))
+    lines = sandbox.read_jsonl(out, {"model": str, "device": str, "flags": dict})
+    names = [name for name, _, _ in benchmark.SAMPLERS if "bf16" not in name]
+    assert [line["measured"] for line in lines] == ["iteration", *names]
+    assert [line["error"] for line in lines if "error" in line] == []
+    assert all(lines[0][f"{phase}_s"] >= 0 for phase in benchmark.PHASES)
+    assert all(line["greedy_equal"] > 0.9 and line["tokens_per_s"] > 0 for line in lines[1:])
+
+
+def test_benchmark_turns_a_failure_into_a_line_and_heeds_its_budget(tmp_path, monkeypatch):
+    benchmark = load_script("tools/benchmark.py")
+    out = tmp_path / "lines.jsonl"
+    cfg = benchmark.Config(("tiny",), prompts=2, max_new_tokens=4, rounds=1, out=str(out))
+    cfg.prompt_tokens = 5000  # longer than the context: 04 refuses it
+    cfg.budget_minutes = 0.0
     benchmark.main(cfg)
-    said = capsys.readouterr().out
-    assert "greedy    ratio" in said and "1.000 of the responses equal" in said
-    assert all(f"iteration {phase}" in said for phase in benchmark.PHASES)
+    assert out.read_text() == ""
+    cfg.budget_minutes = 1.0
+    monkeypatch.setattr(benchmark, "SAMPLERS", ())
+    benchmark.main(cfg)
+    (line,) = sandbox.read_jsonl(out, {})
+    assert line["error"] == "SystemExit: 2" and line["measured"] == "iteration"
