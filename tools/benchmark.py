@@ -1,4 +1,4 @@
-"""Speed and memory of stage 4: the phases of an iteration, and its sampler beside others.
+r"""Speed and memory of stage 4: the phases of an iteration, and its sampler beside others.
 
     iteration  04 with --strategy random2, which trains on as many rows as br and bw and prefers no
                length: seconds per phase, trained tokens per second, model FLOPs utilisation (mfu)
@@ -16,8 +16,11 @@ samplers are measured in CPU seconds, which busy neighbours lengthen less; an it
 
 Run: python tools/benchmark.py --policy out/sft
 
-A name in SHAPES instead of a folder stands for random weights and random prompts: no file is
-needed. docs/gpu.md has the commands for a GPU, and for a trial of the same on a CPU.
+A name in SHAPES instead of a folder stands for random weights and random prompts; no file is
+needed. docs/gpu.md has the command for a GPU. To see on a CPU that all parts run:
+
+    python tools/benchmark.py --policy tiny --prompts 4 --prompt_tokens 32 --max_new_tokens 16 \
+        --mean_length 8 --rounds 1 --bf16 on
 """
 
 import contextlib
