@@ -205,10 +205,13 @@ def time_iterations(folder, policy, reward_model, problems, cfg):
     own |= {"generate_batch_size": cfg.prompts * cfg.responses_per_prompt, "critic_warmup": 0}
     own |= {"iterations": cfg.rounds + 1, "eval_every": cfg.rounds + 1, "out": str(folder / "ppo")}
 
+    weights = []  # N of the policy; the critic's is the same
+
     def load(model_class, *arguments, **options):
         model = load_model(model_class, *arguments, **options)
         if model_class is AutoModelForCausalLM:
             end_after(model, cfg.mean_length)
+            weights.append(model.base_model.num_parameters(exclude_embeddings=True))
         return model
 
     def save_state(out, *arguments, **progress):  # 37 GB at 1.5B parameters, and not timed
@@ -231,11 +234,7 @@ def time_iterations(folder, policy, reward_model, problems, cfg):
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     peak = next((PEAK[card] for card in PEAK if card in device), None)
     if peak and cfg.bf16 != "off":
-        with torch.device("meta"):
-            config = transformers.AutoConfig.from_pretrained(policy)
-            backbone = AutoModelForCausalLM.from_config(config).base_model
-        weights = backbone.num_parameters(exclude_embeddings=True)
-        flops = 2 * (4 if cfg.lora_rank else 6) * weights  # 2: policy and critic
+        flops = (4 if cfg.lora_rank else 6) * 2 * weights[0]  # policy and critic
         numbers["mfu"] = flops * numbers["trained_tokens_per_s"] / peak
     return numbers
 
