@@ -23,10 +23,8 @@ of them are wrong on purpose, so that the later stages have something to improve
 """
 
 import copy
-import dataclasses
 import math
 import random
-import resource
 import shutil
 import time
 from dataclasses import dataclass
@@ -38,6 +36,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -99,14 +98,9 @@ def collate(examples, pad_id):
     Padding comes after every real token, where causal attention never looks, so that no attention
     mask is needed.
     """
-    length = max(len(prompt) + len(response) for prompt, response in examples)
-    input_ids = torch.full((len(examples), length), pad_id)
-    labels = torch.full((len(examples), length), -100)
-    for row, (prompt, response) in enumerate(examples):
-        end = len(prompt) + len(response)
-        input_ids[row, :end] = torch.tensor(prompt + response)
-        labels[row, len(prompt) : end] = torch.tensor(response)  # EOS is the last label
-    return input_ids, labels
+    input_ids = [torch.tensor(prompt + response) for prompt, response in examples]
+    labels = [torch.tensor([-100] * len(p) + response) for p, response in examples]  # EOS is last
+    return pad_sequence(input_ids, True, pad_id), pad_sequence(labels, True, -100)
 
 
 # ------------------------------------------------------------------------ the model from scratch
@@ -154,11 +148,10 @@ def build_model(cfg, tokenizer):
 
 def main(cfg):
     started = time.time()
-    check_numbers(cfg)
+    sandbox.check_numbers(cfg)
     out = Path(cfg.out)
-    if sandbox.finished(cfg, out):
+    if sandbox.finished(cfg, out, cfg.resume):
         return
-    state = load_state(cfg, out)
     records = sandbox.read_jsonl(cfg.data, {"task_id": str, "prompt": str, "solution": str})
     device, amp = set_up(cfg)
 
@@ -190,17 +183,18 @@ def main(cfg):
 
     # ---- optimiser, start or resume. The batches follow from the seed and dropout is 0, so that
     # weights, optimiser and schedule are the whole state.
-    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
     scheduler = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * steps), steps)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     done, metrics, losses = 0, [], []
-    if state is not None:
+    if out.exists():
+        state = load_state(out, parts)
         done, metrics = state["step"], state["metrics"]
-        restore_progress(state, model, optimizer, scheduler)
         print(f"resuming {out} after step {done} of {steps}")
 
     # ---- train
@@ -218,7 +212,9 @@ def main(cfg):
                     loss = batch_loss(model, part, pad_id) / tokens
                 loss.backward()
                 step_loss += loss.item()
-            torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm, error_if_nonfinite=True)
+            torch.nn.utils.clip_grad_norm_(
+                model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
+            )
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
@@ -235,7 +231,7 @@ def main(cfg):
                 }
                 metrics.append(line)
                 losses = []
-                save_progress(out, cfg, model, optimizer, scheduler, step=step, metrics=metrics)
+                save_state(cfg, out, parts, step=step, metrics=metrics)
                 bar.clear()
                 print(
                     f"step {step}/{steps}  train loss {line['train_loss']:.3f}  "
@@ -247,57 +243,30 @@ def main(cfg):
     save_model(model, tokenizer, out)  # in place of state.pt
     sandbox.write_jsonl(out / "metrics.jsonl", metrics)
     sandbox.save_config(cfg, out)
-    print(f"saved {out}; 01_sft took {cost(started)}")
+    print(f"saved {out} after {time.time() - started:.0f} s")
 
 
 # ------------------------------------------------------------------------ settings, state, models
 
 
-def check_numbers(cfg):
-    """A size or a number of steps that is not positive is refused before any work."""
-    for name, value in dataclasses.asdict(cfg).items():
-        if name.endswith(("_size", "_every", "epochs")) and value <= 0:
-            sandbox.fail(f"--{name} {value}: it must be above 0")
-
-
-def load_state(cfg, out):
-    """state.pt of an interrupted run, or None for a new one; any other folder is left alone."""
-    if not out.exists():
-        return None
-    if not (cfg.resume and (out / "state.pt").is_file()):
-        advice = "add --resume to go on, or " if (out / "state.pt").is_file() else ""
-        sandbox.fail(f"{out} holds no finished run; {advice}delete it or choose another --out")
-    state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-    new = dataclasses.asdict(cfg)
-    changed = [k for k in new if k not in sandbox.FREE_FLAGS and state["config"].get(k) != new[k]]
-    if changed:
-        sandbox.fail(
-            f"{out} was started with another {', '.join(changed)}; resume it with the same"
-        )
+def load_state(out, parts):
+    """Put back what `save_state` has written -> the state, with the progress in it."""
+    state = torch.load(out / "state.pt", map_location="cpu", mmap=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return state
 
 
-def save_progress(out, cfg, model, optimizer, scheduler, **progress):
-    """Write state.pt for --resume: 12 bytes per trained parameter, and what the loop carries on."""
+def save_state(cfg, out, parts, **progress):
+    """Write state.pt, from which --resume goes on: how far the run is, and all that learns.
+
+    Args: parts: {name: model, optimizer or scheduler}.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    state = {
-        "config": dataclasses.asdict(cfg),
-        "weights": [p.detach() for p in model.parameters() if p.requires_grad],
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        **progress,
-    }
+    state = progress | {name: part.state_dict() for name, part in parts.items()}
     torch.save(state, out / "state.tmp")
     (out / "state.tmp").replace(out / "state.pt")
-
-
-def restore_progress(state, model, optimizer, scheduler):
-    """Put back in place what `save_progress` has written."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter, saved in zip(trained, state["weights"], strict=True):
-        parameter.data.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
+    sandbox.save_config(cfg, out, "state_config.json")
 
 
 def set_up(cfg):
@@ -318,14 +287,6 @@ def set_up(cfg):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def check_folder(path):
-    """Fail at once where a model folder is missing, instead of looking its name up on the hub."""
-    if (Path(path) / "adapter_config.json").is_file():
-        sandbox.fail(f"{path} holds LoRA adapters only; merge them into their base model first")
-    if str(path).startswith(("/", ".", "out/")) and not (Path(path) / "config.json").is_file():
-        sandbox.fail(f"no model at {path}; run the stage that writes it first")
-
-
 def load_tokenizer(path, plain=False):
     """A tokenizer whose EOS closes a response and whose pad token is another.
 
@@ -335,7 +296,9 @@ def load_tokenizer(path, plain=False):
 
     Args: plain: drop the chat template, in saved copies, too.
     """
-    check_folder(path)
+    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
+    if ours and not (Path(path) / "config.json").is_file():
+        sandbox.fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None
@@ -344,19 +307,15 @@ def load_tokenizer(path, plain=False):
         chat.append({"role": "assistant", "content": "RESPONSE"})
         try:
             text = tokenizer.apply_chat_template(chat, tokenize=False)
+            if "QUESTION" not in text:
+                raise ValueError("it does not show the user's message")
         except Exception as error:  # templates raise what they like
             sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
-        if "QUESTION" not in text:
-            sandbox.fail(f"the chat template of {path} does not show the user's message")
-        behind = text.rpartition("RESPONSE")[2]
+        behind = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False).input_ids
         special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
+        closing = [i for i in behind if i in special]
         if closing:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
-    if tokenizer.eos_token_id is None:
-        sandbox.fail(
-            f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it"
-        )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
     return tokenizer
@@ -365,20 +324,14 @@ def load_tokenizer(path, plain=False):
 def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
-    A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
-    others. EOS and pad are also written to the config, where other programs look for them.
+    A pad token that `load_tokenizer` had to add gets a row in the embedding. EOS and pad are also
+    written to the config, where other programs look for them.
     """
-    check_folder(path)
     config = AutoConfig.from_pretrained(path, **options)
-    for name, value in config.to_dict().items():  # every architecture has names of its own
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+    config.update({name: 0.0 for name in config.to_dict() if "drop" in name})
     model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
-    rows = model.get_input_embeddings().num_embeddings
-    if rows < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-            layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
     for place in filter(None, (model.config, getattr(model, "generation_config", None))):
         place.eos_token_id, place.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
@@ -393,10 +346,8 @@ def add_adapters(model, rank, task_type):
         import peft
     except ImportError:
         sandbox.fail("--lora_rank needs peft: pip install -r requirements-lora.txt")
-    lora = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task_type
-    )
-    return peft.get_peft_model(model, lora)
+    options = {"target_modules": "all-linear", "task_type": task_type}
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, **options))
 
 
 def save_model(model, tokenizer, directory):
@@ -501,21 +452,10 @@ def mean_loss(model, examples, pad_id, cfg, amp):
     """Mean loss per response token, nats."""
     total = 0.0
     for start in range(0, len(examples), cfg.micro_batch_size):
+        part = examples[start : start + cfg.micro_batch_size]
         with amp:
-            total += batch_loss(
-                model, examples[start : start + cfg.micro_batch_size], pad_id
-            ).item()
+            total += batch_loss(model, part, pad_id).item()
     return total / sum(len(response) for _, response in examples)
-
-
-def cost(started):
-    """Seconds since `started` and the peak memory of this process, for a stage's last line."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kilobytes
-    if torch.cuda.is_available():
-        return (
-            f"{time.time() - started:.0f} s, GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GB"
-        )
-    return f"{time.time() - started:.0f} s, peak memory {peak:.1f} GB"
 
 
 if __name__ == "__main__":

@@ -33,11 +33,8 @@ Simplified against the paper (7k prompts, learning rate 1e-5): fewer and smaller
 """
 
 import copy
-import dataclasses
 import json
-import math
 import random
-import resource
 import shutil
 import time
 from dataclasses import dataclass
@@ -159,15 +156,14 @@ def clustered_interval(values, prompts, rng, resamples=1000):
 
 def main(cfg):
     started = time.time()
-    check_numbers(cfg)
+    sandbox.check_numbers(cfg)
     if min(cfg.responses_per_prompt, cfg.r2_responses) < 2:
         sandbox.fail("--responses_per_prompt and --r2_responses: a pair takes at least 2")
     if not (0 <= cfg.label_noise <= 1 and cfg.max_pairs >= 0):
         sandbox.fail("--label_noise must be from 0 to 1, --max_pairs at least 0")
     out = Path(cfg.out)
-    if sandbox.finished(cfg, out):
+    if sandbox.finished(cfg, out, cfg.resume):
         return
-    state = load_state(cfg, out)
     problems, validation = sandbox.read_problems(cfg.data), sandbox.read_problems(cfg.validation)
     device, amp = set_up(cfg)
     rng = random.Random(cfg.seed)
@@ -183,22 +179,16 @@ def main(cfg):
         reward_model = add_adapters(reward_model, cfg.lora_rank, "SEQ_CLS")
 
     # ---- sample responses of the SFT policy, run the tests
-    if state is None:
+    if out.exists():  # an interrupted run has done it
+        groups = [sandbox.read_jsonl(out / name, {"ids": list}) for name in SAMPLE_FILES]
+    else:
         policy = load_model(AutoModelForCausalLM, cfg.policy, tokenizer).to(device)
         limits = cfg.max_new_tokens, policy.config
-        prompts = encode_prompts(tokenizer, problems, *limits)
-        validation_prompts = encode_prompts(tokenizer, validation, *limits)
-        samples = sample_and_test(
-            policy, tokenizer, problems, prompts, cfg.responses_per_prompt, cfg, amp
-        )
-        validation_samples = sample_and_test(
-            policy, tokenizer, validation, validation_prompts, cfg.r2_responses, cfg, amp
-        )
+        jobs = [(problems, cfg.responses_per_prompt), (validation, cfg.r2_responses)]
+        jobs = [(part, encode_prompts(tokenizer, part, *limits), n) for part, n in jobs]
+        groups = [sample_and_test(policy, tokenizer, *job, cfg, amp) for job in jobs]
         del policy
-    else:
-        samples, validation_samples = (
-            sandbox.read_jsonl(out / name, {"ids": list}) for name in SAMPLE_FILES
-        )
+    samples, validation_samples = groups
 
     # ---- pairs
     pairs = choose_pairs(samples, cfg, rng)
@@ -218,26 +208,25 @@ def main(cfg):
     # ---- optimiser, start or resume. Pairs and batches follow from samples and seed, so that
     # samples, weights, optimiser and schedule are the whole state.
     reward_model.to(device).train()
-    trained = [p for p in reward_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        reward_model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
     lengths = [max(len(chosen["ids"]), len(rejected["ids"])) for chosen, rejected in pairs]
-    batches = [
-        batch
-        for _ in range(cfg.epochs)
-        for batch in length_grouped_batches(lengths, cfg.batch_size, rng)
-    ]
+    batches = []
+    for _ in range(cfg.epochs):
+        batches += length_grouped_batches(lengths, cfg.batch_size, rng)
     steps = len(batches)
     scheduler = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * steps), steps)
+    parts = {"reward_model": reward_model, "optimizer": optimizer, "scheduler": scheduler}
     done, losses, hits = 0, [], []
-    if state is None:
-        out.mkdir(parents=True)
-        for name, part in zip(SAMPLE_FILES, (samples, validation_samples)):
-            sandbox.write_jsonl(out / name, part)
-        save_progress(out, cfg, reward_model, optimizer, scheduler, step=0)
-    else:
-        done = state["step"]
-        restore_progress(state, reward_model, optimizer, scheduler)
+    if out.exists():
+        done = load_state(out, parts)["step"]
         print(f"resuming {out} after step {done} of {steps}")
+    else:
+        out.mkdir(parents=True)
+        for name, group in zip(SAMPLE_FILES, groups):
+            sandbox.write_jsonl(out / name, group)
+        save_state(cfg, out, parts, step=0)
 
     # ---- train
     with sandbox.progress_bar(steps, "training") as bar:
@@ -254,14 +243,16 @@ def main(cfg):
                 loss.backward()
                 step_loss += loss.item()
                 hits += (chosen > rejected).tolist()
-            torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm, error_if_nonfinite=True)
+            torch.nn.utils.clip_grad_norm_(
+                reward_model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
+            )
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(step_loss)
             bar.update()
             if step % cfg.log_every == 0 or step == steps:
-                save_progress(out, cfg, reward_model, optimizer, scheduler, step=step)
+                save_state(cfg, out, parts, step=step)
                 bar.clear()
                 print(
                     f"step {step}/{steps}  loss {sum(losses) / len(losses):.3f}  "
@@ -281,69 +272,42 @@ def main(cfg):
     heldout = scores[len(samples) :]
     if not heldout.std() > 0:
         sandbox.fail("the reward model gives every validation response one score; change --lr")
-    config = unwrapped(reward_model).config
+    config = reward_model.config
     config.reward_mean, config.reward_std = heldout.mean().item(), heldout.std().item()
     accuracy = pair_accuracy(validation_pairs, cfg.seed)
     print_report(accuracy, validation_samples)
 
     # ---- save
     save_model(reward_model, tokenizer, out)  # in place of state.pt
-    for name, part in zip(SAMPLE_FILES, (samples, validation_samples)):
-        sandbox.write_jsonl(out / name, part)
+    for name, group in zip(SAMPLE_FILES, groups):
+        sandbox.write_jsonl(out / name, group)
     sandbox.write_jsonl(out / "pairs.jsonl", map(pair_record, pairs))
     (out / "accuracy.json").write_text(json.dumps(accuracy, indent=2) + "\n", encoding="utf-8")
     sandbox.save_config(cfg, out)
-    print(f"saved {out}; 02_reward_model took {cost(started)}")
+    print(f"saved {out} after {time.time() - started:.0f} s")
 
 
 # ------------------------------------------------------------------------ settings, state, models
 
 
-def check_numbers(cfg):
-    """A size or a number of steps that is not positive is refused before any work."""
-    for name, value in dataclasses.asdict(cfg).items():
-        if name.endswith(("_size", "_every", "epochs")) and value <= 0:
-            sandbox.fail(f"--{name} {value}: it must be above 0")
-
-
-def load_state(cfg, out):
-    """state.pt of an interrupted run, or None for a new one; any other folder is left alone."""
-    if not out.exists():
-        return None
-    if not (cfg.resume and (out / "state.pt").is_file()):
-        advice = "add --resume to go on, or " if (out / "state.pt").is_file() else ""
-        sandbox.fail(f"{out} holds no finished run; {advice}delete it or choose another --out")
-    state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-    new = dataclasses.asdict(cfg)
-    changed = [k for k in new if k not in sandbox.FREE_FLAGS and state["config"].get(k) != new[k]]
-    if changed:
-        sandbox.fail(
-            f"{out} was started with another {', '.join(changed)}; resume it with the same"
-        )
+def load_state(out, parts):
+    """Put back what `save_state` has written -> the state, with the progress in it."""
+    state = torch.load(out / "state.pt", map_location="cpu", mmap=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return state
 
 
-def save_progress(out, cfg, model, optimizer, scheduler, **progress):
-    """Write state.pt for --resume: 12 bytes per trained parameter, and what the loop carries on."""
+def save_state(cfg, out, parts, **progress):
+    """Write state.pt, from which --resume goes on: how far the run is, and all that learns.
+
+    Args: parts: {name: model, optimizer or scheduler}.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    state = {
-        "config": dataclasses.asdict(cfg),
-        "weights": [p.detach() for p in model.parameters() if p.requires_grad],
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        **progress,
-    }
+    state = progress | {name: part.state_dict() for name, part in parts.items()}
     torch.save(state, out / "state.tmp")
     (out / "state.tmp").replace(out / "state.pt")
-
-
-def restore_progress(state, model, optimizer, scheduler):
-    """Put back in place what `save_progress` has written."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter, saved in zip(trained, state["weights"], strict=True):
-        parameter.data.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
+    sandbox.save_config(cfg, out, "state_config.json")
 
 
 def set_up(cfg):
@@ -364,14 +328,6 @@ def set_up(cfg):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def check_folder(path):
-    """Fail at once where a model folder is missing, instead of looking its name up on the hub."""
-    if (Path(path) / "adapter_config.json").is_file():
-        sandbox.fail(f"{path} holds LoRA adapters only; merge them into their base model first")
-    if str(path).startswith(("/", ".", "out/")) and not (Path(path) / "config.json").is_file():
-        sandbox.fail(f"no model at {path}; run the stage that writes it first")
-
-
 def load_tokenizer(path, plain=False):
     """A tokenizer whose EOS closes a response and whose pad token is another.
 
@@ -381,7 +337,9 @@ def load_tokenizer(path, plain=False):
 
     Args: plain: drop the chat template, in saved copies, too.
     """
-    check_folder(path)
+    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
+    if ours and not (Path(path) / "config.json").is_file():
+        sandbox.fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None
@@ -390,19 +348,15 @@ def load_tokenizer(path, plain=False):
         chat.append({"role": "assistant", "content": "RESPONSE"})
         try:
             text = tokenizer.apply_chat_template(chat, tokenize=False)
+            if "QUESTION" not in text:
+                raise ValueError("it does not show the user's message")
         except Exception as error:  # templates raise what they like
             sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
-        if "QUESTION" not in text:
-            sandbox.fail(f"the chat template of {path} does not show the user's message")
-        behind = text.rpartition("RESPONSE")[2]
+        behind = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False).input_ids
         special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
+        closing = [i for i in behind if i in special]
         if closing:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
-    if tokenizer.eos_token_id is None:
-        sandbox.fail(
-            f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it"
-        )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
     return tokenizer
@@ -411,20 +365,14 @@ def load_tokenizer(path, plain=False):
 def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
-    A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
-    others. EOS and pad are also written to the config, where other programs look for them.
+    A pad token that `load_tokenizer` had to add gets a row in the embedding. EOS and pad are also
+    written to the config, where other programs look for them.
     """
-    check_folder(path)
     config = AutoConfig.from_pretrained(path, **options)
-    for name, value in config.to_dict().items():  # every architecture has names of its own
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+    config.update({name: 0.0 for name in config.to_dict() if "drop" in name})
     model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
-    rows = model.get_input_embeddings().num_embeddings
-    if rows < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-            layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
     for place in filter(None, (model.config, getattr(model, "generation_config", None))):
         place.eos_token_id, place.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
@@ -439,15 +387,8 @@ def add_adapters(model, rank, task_type):
         import peft
     except ImportError:
         sandbox.fail("--lora_rank needs peft: pip install -r requirements-lora.txt")
-    lora = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task_type
-    )
-    return peft.get_peft_model(model, lora)
-
-
-def unwrapped(model):
-    """The transformers model itself, which peft wraps."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    options = {"target_modules": "all-linear", "task_type": task_type}
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, **options))
 
 
 def save_model(model, tokenizer, directory):
@@ -477,26 +418,14 @@ def sample_and_test(policy, tokenizer, problems, prompts, repeats, cfg, amp):
         )
     texts = [decode_response(tokenizer, ids) for ids in responses]
     rows = [k for k in range(len(problems)) for _ in range(repeats)]
-    results = sandbox.run_tests(
-        [problems[k] for k in rows],
-        texts,
-        timeout=cfg.timeout,
-        workers=cfg.workers,
-        progress="testing",
-    )
-    samples = [
-        {
-            "task_id": problems[k]["task_id"],
-            "prompt": problems[k]["prompt"],
-            "response": text,
-            "rm_score": None,
-            **sandbox.verdict(result),
-            "truncated": ids[-1] != tokenizer.eos_token_id,
-            "policy": cfg.policy,
-            "ids": prompts[k] + ids,
-        }
-        for k, ids, text, result in zip(rows, responses, texts, results)
-    ]
+    row_problems = [problems[k] for k in rows]
+    limits = {"timeout": cfg.timeout, "workers": cfg.workers, "progress": "testing"}
+    results = sandbox.run_tests(row_problems, texts, **limits)
+    samples = []
+    for k, ids, text, result in zip(rows, responses, texts, results):
+        sample = sandbox.sample_record(problems[k], text, result, rm_score=None, policy=cfg.policy)
+        sample |= {"truncated": ids[-1] != tokenizer.eos_token_id, "ids": prompts[k] + ids}
+        samples.append(sample)
     mixed = sum(len({s["actual_score"] for s in group}) == 2 for group in by_prompt(samples))
     rate = sum(sample["actual_score"] for sample in samples) / len(samples)
     print(
@@ -540,8 +469,9 @@ def encode_prompts(tokenizer, problems, max_new_tokens, model_config):
 def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None):
     """Sample responses with PyTorch's global random numbers.
 
-    Faster than `model.generate` for three reasons: a prompt is computed once for all of its
-    responses, prompts of similar length share a batch, and finished rows leave it.
+    Faster than `model.generate` for four reasons: a prompt is computed once for all of its
+    responses, prompts of similar length share a batch, finished rows leave it, and the cache is not
+    copied for each token.
 
     Args:
         prompts: list of token id lists; repeats: responses to each.
@@ -551,30 +481,24 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     Returns: responses and their logprobs under the sampling distribution, two lists of
         len(prompts) * repeats lists, in order of prompt. A response without EOS is truncated.
     """
-    training = model.training
-    model.eval()  # in training mode gradient checkpointing would switch the cache off
-    count = min(repeats, cfg.generate_batch_size)  # responses to a prompt in one batch
-    order = sorted(
-        list(range(len(prompts))) * math.ceil(repeats / count), key=lambda i: -len(prompts[i])
-    )
-    width = cfg.generate_batch_size // count  # prompts in one batch
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rows = [i for i in order for _ in range(repeats)]
+    size = cfg.generate_batch_size
+    size = size - size % repeats or size  # whole prompts, where they fit
     done = [[] for _ in prompts]
-    with sandbox.progress_bar(len(prompts) * repeats, progress) as bar:
-        for start in range(0, len(order), width):
-            batch = order[start : start + width]
-            rows = generate_batch(
-                model, tokenizer, [prompts[i] for i in batch], count, temperature, cfg
-            )
-            for k, row in enumerate(rows):
-                done[batch[k // count]].append(row)
-            bar.update(len(rows))
-    model.train(training)
-    rows = [row for group in done for row in group[:repeats]]
-    return [ids for ids, _ in rows], [logprobs for _, logprobs in rows]
+    with sandbox.progress_bar(len(rows), progress) as bar:
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            sampled = generate_batch(model, tokenizer, [prompts[i] for i in part], temperature, cfg)
+            for i, response in zip(part, sampled):
+                done[i].append(response)
+            bar.update(len(part))
+    responses, logprobs = zip(*(response for group in done for response in group))
+    return list(responses), list(logprobs)
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room for later tokens: (rows, heads, tokens, width).
+    """Keys and values of one layer, (rows, heads, tokens, width), with room for later tokens.
 
     `DynamicLayer` copies all of them for each new token. With a real model and long responses that
     takes longer than the model itself.
@@ -588,36 +512,37 @@ class RoomyLayer(DynamicLayer):
         if start == 0:
             return super().update(keys, values)
         if self.room is None or len(self.room[0]) != len(keys) or self.room[0].shape[2] < end:
-            self.room = [
-                torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)
-            ]
+            pad = torch.nn.functional.pad
+            self.room = [pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)]
         self.room[0][:, :, start:end], self.room[1][:, :, start:end] = keys, values
         self.keys, self.values = (x[:, :, :end] for x in self.room)
         return self.keys, self.values
 
 
-def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
-    """`repeats` responses to each prompt, all at once -> list of (token ids, logprobs)."""
-    device, eos = model.device, tokenizer.eos_token_id
-    batch = make_batch(prompts, [[]] * len(prompts))
-    mask = batch["prompt_mask"].to(device)  # (P, width), 0 on left padding
+def generate_batch(model, tokenizer, prompts, temperature, cfg):
+    """One response to each prompt, all at once -> list of (token ids, logprobs)."""
+    eos, device = tokenizer.eos_token_id, model.device
+    different = {tuple(ids): k for k, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    batch = make_batch(list(different), [[]] * len(different))
+    inputs, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    logits = model(
-        input_ids=batch["prompt_ids"].to(device),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_repeat_interleave(repeats)
-    logits, mask = logits.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
-    tokens = torch.full((len(mask), cfg.max_new_tokens), eos, device=device)
+    tokens = torch.full((len(prompts), cfg.max_new_tokens), eos, device=device)
     logprobs = torch.zeros(tokens.shape, device=device)
-    active = torch.arange(len(mask), device=device)  # rows of `tokens` that are in the batch
-    going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones without EOS
+    rows = torch.arange(len(prompts), device=device)  # of `tokens`, that are still in the batch
     for t in range(cfg.max_new_tokens):
+        logits = model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if t == 0:  # from prompts to responses
+            places = torch.tensor([different[tuple(ids)] for ids in prompts], device=device)
+            cache.batch_select_indices(places)
+            logits, mask = logits[places], mask[places]
         distribution = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
         if temperature > 0:  # invert the cumulative distribution: torch.multinomial is slow on CPUs
             cumulative = distribution.exp().cumsum(-1)
@@ -626,24 +551,15 @@ def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
             chosen = chosen.clamp(max=cumulative.shape[1] - 1)  # (b, 1)
         else:
             chosen = distribution.argmax(-1, keepdim=True)
-        tokens[active, t] = chosen[:, 0]
-        logprobs[active, t] = distribution.gather(-1, chosen)[:, 0]
-        going = going & (chosen[:, 0] != eos)
-        unfinished = int(going.sum())
-        if unfinished == 0 or t + 1 == cfg.max_new_tokens:
+        tokens[rows, t] = chosen[:, 0]
+        logprobs[rows, t] = distribution.gather(-1, chosen)[:, 0]
+        going = (tokens[rows, : t + 1] != eos).all(1)
+        if not going.any():
             break
-        if unfinished <= 0.8 * len(active):  # it costs a copy of the cache: not for every row
-            keep = going.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            active, going, chosen, mask = active[keep], going[keep], chosen[keep], mask[keep]
-        mask = torch.cat([mask, torch.ones_like(chosen)], 1)
-        logits = model(
-            input_ids=chosen,
-            attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        if going.sum() <= 0.8 * len(rows):  # it costs a copy of the cache: not for every row
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            rows, chosen, mask = rows[going], chosen[going], mask[going]
+        inputs, mask = chosen, torch.cat([mask, torch.ones_like(chosen)], 1)
     ids = [row[: row.index(eos) + 1] if eos in row else row for row in tokens.tolist()]
     return [(row, probs[: len(row)]) for row, probs in zip(ids, logprobs.tolist())]
 
@@ -725,26 +641,20 @@ def length_grouped_batches(lengths, batch_size, rng):
 
 
 def make_batch(prompts, responses):
-    """Token id lists -> prompt_ids (B, P) padded left, response_ids (B, T) right, and their masks.
+    """Token ids -> input_ids and attention_mask, (B, P + T), and response_mask, (B, T).
 
-    The masks come from lengths; padding ids are never read.
+    Prompts are padded on the left, responses on the right. The masks come from lengths; padding
+    ids are never read.
     """
     width, length = max(map(len, prompts)), max(map(len, responses))
-    batch = {
-        "prompt_ids": [[0] * (width - len(p)) + p for p in prompts],
-        "prompt_mask": [[0] * (width - len(p)) + [1] * len(p) for p in prompts],
-        "response_ids": [r + [0] * (length - len(r)) for r in responses],
-        "response_mask": [[1] * len(r) + [0] * (length - len(r)) for r in responses],
-    }
+    batch = {"input_ids": [], "attention_mask": [], "response_mask": []}
+    for prompt, response in zip(prompts, responses):
+        left, right = [0] * (width - len(prompt)), [0] * (length - len(response))
+        ids = [*prompt, *response]
+        batch["input_ids"].append(left + ids + right)
+        batch["attention_mask"].append(left + [1] * len(ids) + right)
+        batch["response_mask"].append([1] * len(response) + right)
     return {name: torch.tensor(rows, dtype=torch.long) for name, rows in batch.items()}
-
-
-def model_inputs(mb):
-    """input_ids and attention_mask, both (B, P + T)."""
-    return (
-        torch.cat([mb["prompt_ids"], mb["response_ids"]], 1),
-        torch.cat([mb["prompt_mask"], mb["response_mask"]], 1),
-    )
 
 
 def token_scores(model, input_ids, attention_mask):
@@ -753,8 +663,7 @@ def token_scores(model, input_ids, attention_mask):
     The head is computed in float32 under autocast, too: in bf16, rewards between 2 and 4 are
     multiples of 1/64, and responses would tie.
     """
-    model = unwrapped(model)
-    hidden = model.base_model(
+    hidden = model.get_decoder()(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
@@ -766,11 +675,10 @@ def token_scores(model, input_ids, attention_mask):
 
 def last_scores(reward_model, sequences):
     """The RM's output at the last token of each sequence, with gradients -> (B,)."""
-    batch = make_batch([ids[:1] for ids in sequences], [ids[1:] for ids in sequences])
-    input_ids, attention_mask = (x.to(reward_model.device) for x in model_inputs(batch))
-    scores = token_scores(reward_model, input_ids, attention_mask)  # (B, L)
-    last = attention_mask.sum(1, keepdim=True) - 1
-    return scores.gather(1, last)[:, 0]
+    batch = make_batch([[]] * len(sequences), sequences)
+    inputs = (batch[name].to(reward_model.device) for name in ("input_ids", "attention_mask"))
+    scores = token_scores(reward_model, *inputs)  # (B, L)
+    return torch.stack([row[len(ids) - 1] for row, ids in zip(scores, sequences)])
 
 
 @torch.no_grad()
@@ -784,11 +692,13 @@ def score_responses(reward_model, sequences, batch_size, progress=None):
     unique = sorted({tuple(ids) for ids in sequences}, key=len)
     with sandbox.progress_bar(len(unique), progress) as bar:
         for start in range(0, len(unique), batch_size):
-            part = [list(ids) for ids in unique[start : start + batch_size]]
-            inputs = model_inputs(make_batch([ids[:1] for ids in part], [ids[1:] for ids in part]))
-            outputs = token_scores(reward_model, *(x.to(reward_model.device) for x in inputs))
-            for ids, row in zip(part, outputs.tolist()):
-                scores[tuple(ids)] = row[len(ids) - 1]
+            part = unique[start : start + batch_size]
+            batch = make_batch([[]] * len(part), part)
+            inputs = (
+                batch[name].to(reward_model.device) for name in ("input_ids", "attention_mask")
+            )
+            for ids, row in zip(part, token_scores(reward_model, *inputs).tolist()):
+                scores[ids] = row[len(ids) - 1]
             bar.update(len(part))
     return torch.tensor([scores[tuple(ids)] for ids in sequences])
 
@@ -826,16 +736,6 @@ def print_report(accuracy, samples):
     ranked = sorted(samples, key=lambda sample: sample["rm_score"])
     tenths = np.array_split([sample["actual_score"] for sample in ranked], 10)
     print("pass rate by tenth of the reward:", *(f"{tenth.mean():.2f}" for tenth in tenths))
-
-
-def cost(started):
-    """Seconds since `started` and the peak memory of this process, for a stage's last line."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kilobytes
-    if torch.cuda.is_available():
-        return (
-            f"{time.time() - started:.0f} s, GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GB"
-        )
-    return f"{time.time() - started:.0f} s, peak memory {peak:.1f} GB"
 
 
 if __name__ == "__main__":

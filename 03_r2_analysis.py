@@ -69,8 +69,8 @@ def group_means(rm_scores, actual_scores, bins):
     bins = min(bins, len(order))
     sizes = len(order) // bins + (np.arange(bins) < len(order) % bins)
     starts = np.cumsum(sizes) - sizes
-    sorted_values = (np.asarray(values, float)[order] for values in (rm_scores, actual_scores))
-    return [np.add.reduceat(values, starts) / sizes for values in sorted_values]
+    columns = np.array([rm_scores, actual_scores], float)[:, order]
+    return np.add.reduceat(columns, starts, axis=1) / sizes
 
 
 def r_squared(rm_scores, actual_scores, bins):
@@ -134,17 +134,7 @@ def estimate(value, resampled):
 
 # ------------------------------------------------------------------------------------- the filter
 #
-#   strategy             weight of rank 1..N within a prompt         kept for training
-#   none (PPO-M)         1/N each                                    all
-#   single (PPO-S)       1                                           all; N = 1, 5n prompts
-#   random2              1/N each                                    two at random: the control
-#   bon (best of N)      1, 0, .., 0                                 the best
-#   br (best-random)     1/2, 1/(2(N-1)), .., 1/(2(N-1))             the best and another at random
-#   bw (best-worst)      1/2, 0, .., 0, 1/2                          the best and the worst
-#   top                  equal where score > top                     those, or the best of all
-#   top_random           twice as much where score > top             those, and each other by a coin
-#   top_bottom           equal where score > top or < bottom         those, or the best of all
-#   pow_1, pow_2, pow_3  |r|^k, r stretched to [-1, 1]               all, advantages times N weight
+# The same code as in 04_pf_ppo.py, where a table says what each strategy keeps.
 
 
 def filter_weights(rm_scores, strategy, top=0.5, bottom=-0.5):
@@ -304,8 +294,7 @@ def judge(scores, actual_scores, cfg):
     views = {"r2": (scores, actual_scores), "r2_within": centred}
     rows, resampled = {}, {}
     groups = {
-        key: np.array(group_means(x.ravel(), y.ravel(), cfg.bins)).tolist()
-        for key, (x, y) in views.items()
+        key: group_means(x.ravel(), y.ravel(), cfg.bins).tolist() for key, (x, y) in views.items()
     }
     for strategy in STRATEGIES:
         draws = [

@@ -27,10 +27,8 @@ parameters. One GPU; scale/ puts the same filter into engines for several.
 
 import contextlib
 import copy
-import dataclasses
 import math
 import random
-import resource
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +39,7 @@ from typing import Literal
 import torch
 import transformers
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -66,6 +65,13 @@ Strategy = Literal[
     "pow_2",
     "pow_3",
 ]
+
+# Under over-optimisation the score rises and the pass rate falls.
+PANELS = {
+    "score of the rollouts": ["score"],
+    "programs that pass their tests": ["pass_rate", "validation_pass_at_1"],
+    "KL of the responses, nats": ["kl_per_response"],
+}
 
 
 @dataclass
@@ -204,10 +210,15 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
+def masked_variance(x, mask):
+    """Variance of x over the positions where mask is 1."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
 def whiten(x, mask, shift_mean=True):
     """x with variance 1 over the masked positions and mean 0 (shift_mean=False: its own mean)."""
     mean = masked_mean(x, mask)
-    whitened = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
+    whitened = (x - mean) * torch.rsqrt(masked_variance(x, mask) + 1e-8)
     return (whitened if shift_mean else whitened + mean) * mask
 
 
@@ -289,11 +300,8 @@ def value_loss(values, old_values, returns, mask, clip):
 
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
-
-    def variance(x):
-        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-
-    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
+    unexplained = masked_variance(returns - values, mask)
+    return 1 - unexplained / masked_variance(returns, mask).clamp(min=1e-8)
 
 
 def adapt_kl_coef(kl_coef, kl, target, responses, horizon):
@@ -309,37 +317,38 @@ def main(cfg):
     started = time.time()
     n, per_prompt = rollout_shape(cfg)
     out = Path(cfg.out or f"out/ppo_{cfg.strategy}")
-    if sandbox.finished(cfg, out):
+    if sandbox.finished(cfg, out, cfg.resume):
         return
-    state = load_state(cfg, out)
     device, amp = set_up(cfg)
 
     # ---- problems, models, optimisers
     problems, validation = sandbox.read_problems(cfg.data), sandbox.read_problems(cfg.validation)
     tokenizer = load_tokenizer(cfg.policy)
-    policy, reference, critic, reward_model = load_models(cfg, tokenizer, device)
+    policy, reference = load_policy(cfg.policy, tokenizer, cfg, device)
+    critic, reward_model = load_critic(cfg, tokenizer, device)
     prompt_ids = encode_prompts(tokenizer, problems, cfg.max_new_tokens, policy.config)
     validation_ids = encode_prompts(tokenizer, validation, cfg.max_new_tokens, policy.config)
-    learners = {"policy": (policy, make_optimizer(policy, cfg.lr), actor_loss)}
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
+    parts = {"policy": policy, "policy_optimizer": optimizer}
+    learners = {"policy": (policy, optimizer, actor_loss)}
     if critic is not None:
-        optimizer = make_optimizer(critic, cfg.critic_lr)
+        optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, weight_decay=0.0)
+        parts |= {"critic": critic, "critic_optimizer": optimizer}
         learners = {"critic": (critic, optimizer, critic_loss)} | learners
 
     # ---- start or resume. Each iteration seeds what is random in it, so weights, optimisers and
     # metrics are the whole state.
-    if state is None:
+    if out.exists():
+        state = load_state(out, parts)
+        metrics, kl_coef, best = state["metrics"], state["kl_coef"], state["best"]
+        print(f"resuming {out} after iteration {metrics[-1]['iteration']}")
+    else:
         best = validate(policy, tokenizer, validation, validation_ids, cfg, amp)
         metrics, kl_coef = [{"iteration": 0, "validation_pass_at_1": best}], cfg.kl_coef
         (out / "rollouts").mkdir(parents=True)
         save_model(policy, tokenizer, out / "best")
-        save_state(out, cfg, learners, metrics=metrics, kl_coef=kl_coef, best=best)
+        save_state(cfg, out, parts, metrics=metrics, kl_coef=kl_coef, best=best)
         print(f"before training: validation pass@1 {best:.3f}, {time.time() - started:.0f} s")
-    else:
-        for name, (model, optimizer, _) in learners.items():
-            model.load_state_dict(state[name][0], strict=False)  # without LoRA's frozen weights
-            optimizer.load_state_dict(state[name][1])
-        metrics, kl_coef, best = state["metrics"], state["kl_coef"], state["best"]
-        print(f"resuming {out} after iteration {metrics[-1]['iteration']}")
     background = ThreadPoolExecutor(1)  # it runs the tests while the models work
 
     for iteration in range(metrics[-1]["iteration"] + 1, cfg.iterations + 1):
@@ -351,15 +360,15 @@ def main(cfg):
 
         # ---- generate: N responses to each of n prompts
         tasks = prompts_of_iteration(len(problems), n, iteration, cfg.seed)  # (n,) indices
-        task_rows = [i for i in tasks for _ in range(per_prompt)]  # (n * N,)
+        prompts = [prompt_ids[i] for i in tasks]
         with amp:
-            prompts = [prompt_ids[i] for i in tasks]
             responses, sampler_logprobs = generate(
                 policy, tokenizer, prompts, per_prompt, cfg.temperature, cfg, "sampling"
             )
+        row_prompts = [ids for ids in prompts for _ in range(per_prompt)]  # n * N
+        row_problems = [problems[i] for i in tasks for _ in range(per_prompt)]
         texts = [decode_response(tokenizer, ids) for ids in responses]
         truncated = torch.tensor([ids[-1] != tokenizer.eos_token_id for ids in responses])
-        row_problems = [problems[i] for i in task_rows]
         limits = {"timeout": cfg.timeout, "workers": cfg.workers}
         verdicts = background.submit(sandbox.run_tests, row_problems, texts, **limits)
         clock.append(time.time())
@@ -368,7 +377,7 @@ def main(cfg):
         # normalised by mean and standard deviation over responses of the SFT policy; the verdicts
         # of the tests are then only logged.
         if cfg.reward == "rm":
-            sequences = [prompt_ids[i] + ids for i, ids in zip(task_rows, responses)]
+            sequences = [prompt + ids for prompt, ids in zip(row_prompts, responses)]
             with amp, without_adapters(reward_model):
                 rm_scores = score_responses(reward_model, sequences, cfg.score_batch_size)
             scores = normalised(rm_scores, reward_model)
@@ -383,7 +392,7 @@ def main(cfg):
             prompt_scores, cfg.strategy, generator, cfg.top, cfg.bottom
         )
         kept = (rows * per_prompt + columns).tolist()  # B row numbers
-        batch = make_batch([prompt_ids[task_rows[k]] for k in kept], [responses[k] for k in kept])
+        batch = make_batch([row_prompts[k] for k in kept], [responses[k] for k in kept])
         mask = batch["response_mask"]  # (B, T)
         clock.append(time.time())
 
@@ -392,11 +401,10 @@ def main(cfg):
         old_logprobs, ref_logprobs = policy_and_reference(policy, reference, batch, cfg, amp)
         batch["old_logprobs"] = old_logprobs
         if critic is not None:
-            batch["old_values"] = forward_rows(values_of, critic, batch, cfg, amp)
+            values = forward_rows(values_of, critic, batch, cfg, amp)
             rewards = token_rewards(scores[kept], old_logprobs, ref_logprobs, mask, kl_coef)
-            advantages, batch["returns"] = gae(
-                rewards, batch["old_values"], mask, cfg.gamma, cfg.lam
-            )
+            advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+            batch |= {"old_values": values, "returns": returns}
         else:  # with no values and lambda 1 GAE is the reward to go
             group_scores = group_advantages(prompt_scores, cfg.advantage)[rows, columns]
             rewards = token_rewards(group_scores, old_logprobs, ref_logprobs, mask, kl_coef)
@@ -452,35 +460,30 @@ def main(cfg):
             "length": sum(map(len, responses)) / len(responses),
         }
         if critic is not None:
-            line["explained_variance"] = explained_variance(
-                batch["old_values"], batch["returns"], mask
-            ).item()
-        kept_rows = set(kept)
+            line["explained_variance"] = explained_variance(values, returns, mask).item()
         rollouts = [
-            {
-                "task_id": problems[i]["task_id"],
-                "prompt": problems[i]["prompt"],
-                "response": texts[k],
-                "rm_score": None if rm_scores is None else rm_scores[k].item(),
-                "score": scores[k].item(),
-                **sandbox.verdict(results[k]),
-                "truncated": truncated[k].item(),
-                "policy": f"{out}/{iteration:04d}",  # by which stage 3 groups them
-                "iteration": iteration,
-                "kept": k in kept_rows,
-            }
-            for k, i in enumerate(task_rows)
+            sandbox.sample_record(
+                row_problems[k],
+                texts[k],
+                results[k],
+                rm_score=None if rm_scores is None else rm_scores[k].item(),
+                score=scores[k].item(),
+                truncated=truncated[k].item(),
+                policy=f"{out}/{iteration:04d}",  # by which stage 3 groups them
+                iteration=iteration,
+                kept=k in kept,
+            )
+            for k in range(len(texts))
         ]
         sandbox.write_jsonl(out / "rollouts" / f"{iteration:04d}.jsonl", rollouts)
         clock.append(time.time())
 
         # ---- validate and save
         if validating:
-            line["validation_pass_at_1"] = validate(
-                policy, tokenizer, validation, validation_ids, cfg, amp
-            )
-            if line["validation_pass_at_1"] > best:
-                best = line["validation_pass_at_1"]
+            accuracy = validate(policy, tokenizer, validation, validation_ids, cfg, amp)
+            line["validation_pass_at_1"] = accuracy
+            if accuracy > best:
+                best = accuracy
                 save_model(policy, tokenizer, out / "best")
         clock.append(time.time())
         phases = ("generate", "score", "forward", "train", "tests", "validate")
@@ -488,14 +491,15 @@ def main(cfg):
         metrics.append(line)
         sandbox.write_jsonl(out / "metrics.jsonl", metrics)
         if validating:
-            save_state(out, cfg, learners, metrics=metrics, kl_coef=kl_coef, best=best)
+            save_state(cfg, out, parts, metrics=metrics, kl_coef=kl_coef, best=best)
         print_line(line, started)
 
     save_model(policy, tokenizer, out / "last")
-    plot_curves(metrics, out / "curves.png", f"{cfg.strategy}, KL coefficient {cfg.kl_coef}")
+    sandbox.plot_curves(metrics, out / "curves.png", PANELS)
     sandbox.save_config(cfg, out)
-    (out / "state.pt").unlink()
-    print(f"saved {out}: best validation pass@1 {best:.3f}; 04_pf_ppo took {cost(started)}")
+    for name in ("state.pt", "state_config.json"):
+        (out / name).unlink()
+    print(f"saved {out}: best validation pass@1 {best:.3f}, {time.time() - started:.0f} s")
 
 
 # ------------------------------------------------------------------------ settings, state, models
@@ -504,58 +508,42 @@ def main(cfg):
 
 def rollout_shape(cfg):
     """n prompts and N responses to each, after a look at the settings: bad ones are refused."""
+    sandbox.check_numbers(cfg)
     n, per_prompt = cfg.prompts_per_iteration, cfg.responses_per_prompt
     if cfg.strategy == "single":  # PPO-S: as many responses, each to a prompt of its own
         n, per_prompt = n * per_prompt, 1
     pairs = cfg.strategy in ("br", "bw", "random2") or cfg.advantage != "gae"
-    if per_prompt < (2 if pairs else 1):
+    if pairs and per_prompt < 2:
         sandbox.fail(
             f"--strategy {cfg.strategy} --advantage {cfg.advantage} needs two responses to a "
-            f"prompt and has {per_prompt}; raise --responses_per_prompt or change the strategy"
+            "prompt: raise --responses_per_prompt or change the strategy"
         )
-    sizes = ("_size", "_every", "_iteration", "_prompt", "_tokens", "epochs", "iterations")
-    for name, value in dataclasses.asdict(cfg).items():
-        if name.endswith(sizes) and value < 1:
-            sandbox.fail(f"--{name} {value}: it must be at least 1")
-    if cfg.temperature <= 0:
-        sandbox.fail(f"--temperature {cfg.temperature}: it must be above 0, since PPO samples")
-    if cfg.kl_control == "adaptive" and (
-        cfg.kl_target <= 0 or 5 * cfg.kl_horizon <= n * per_prompt
-    ):
+    if cfg.kl_control == "adaptive" and 5 * cfg.kl_horizon <= n * per_prompt:
         sandbox.fail(
-            "--kl_control adaptive needs a --kl_target above 0 and a --kl_horizon above a fifth of "
-            f"the {n * per_prompt} responses of an iteration: one step must not reach below 0"
+            f"--kl_horizon {cfg.kl_horizon}: it must be above a fifth of the {n * per_prompt} "
+            "responses of an iteration, or one step could make the coefficient negative"
         )
-    if cfg.advantage == "gae" and cfg.iterations <= cfg.critic_warmup:
-        print(f"warning: all {cfg.iterations} iterations are --critic_warmup: no policy learns")
     return n, per_prompt
 
 
-def load_state(cfg, out):
-    """state.pt of an interrupted run, or None for a new one; any other folder is left alone."""
-    if not out.exists():
-        return None
-    if not (cfg.resume and (out / "state.pt").is_file()):
-        advice = "add --resume to go on, or " if (out / "state.pt").is_file() else ""
-        sandbox.fail(f"{out} holds no finished run; {advice}delete it or choose another --out")
-    state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-    new = dataclasses.asdict(cfg)
-    changed = [k for k in new if k not in sandbox.FREE_FLAGS and state["config"].get(k) != new[k]]
-    if changed:
-        sandbox.fail(
-            f"{out} was started with another {', '.join(changed)}; resume it with the same"
-        )
-    return state
+def save_state(cfg, out, parts, **progress):
+    """Write state.pt, from which --resume goes on: how far the run is, and all that learns.
 
-
-def save_state(out, cfg, learners, **progress):
-    """Write state.pt, all that --resume needs: about 12 bytes per trained parameter."""
-    state = {"config": dataclasses.asdict(cfg), **progress}
-    for name, (model, optimizer, _) in learners.items():
-        trained = {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
-        state[name] = trained, optimizer.state_dict()
+    Args: parts: {name: model, optimizer or scheduler}.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    state = progress | {name: part.state_dict() for name, part in parts.items()}
     torch.save(state, out / "state.tmp")
     (out / "state.tmp").replace(out / "state.pt")
+    sandbox.save_config(cfg, out, "state_config.json")
+
+
+def load_state(out, parts):
+    """Put back what `save_state` has written -> the state, with the progress in it."""
+    state = torch.load(out / "state.pt", map_location="cpu", mmap=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
 
 
 def set_up(cfg):
@@ -576,14 +564,6 @@ def set_up(cfg):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def check_folder(path):
-    """Fail at once where a model folder is missing, instead of looking its name up on the hub."""
-    if (Path(path) / "adapter_config.json").is_file():
-        sandbox.fail(f"{path} holds LoRA adapters only; merge them into their base model first")
-    if str(path).startswith(("/", ".", "out/")) and not (Path(path) / "config.json").is_file():
-        sandbox.fail(f"no model at {path}; run the stage that writes it first")
-
-
 def load_tokenizer(path, plain=False):
     """A tokenizer whose EOS closes a response and whose pad token is another.
 
@@ -593,7 +573,9 @@ def load_tokenizer(path, plain=False):
 
     Args: plain: drop the chat template, in saved copies, too.
     """
-    check_folder(path)
+    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
+    if ours and not (Path(path) / "config.json").is_file():
+        sandbox.fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None
@@ -602,19 +584,15 @@ def load_tokenizer(path, plain=False):
         chat.append({"role": "assistant", "content": "RESPONSE"})
         try:
             text = tokenizer.apply_chat_template(chat, tokenize=False)
+            if "QUESTION" not in text:
+                raise ValueError("it does not show the user's message")
         except Exception as error:  # templates raise what they like
             sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
-        if "QUESTION" not in text:
-            sandbox.fail(f"the chat template of {path} does not show the user's message")
-        behind = text.rpartition("RESPONSE")[2]
+        behind = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False).input_ids
         special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
+        closing = [i for i in behind if i in special]
         if closing:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
-    if tokenizer.eos_token_id is None:
-        sandbox.fail(
-            f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it"
-        )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
     return tokenizer
@@ -623,20 +601,14 @@ def load_tokenizer(path, plain=False):
 def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
-    A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
-    others. EOS and pad are also written to the config, where other programs look for them.
+    A pad token that `load_tokenizer` had to add gets a row in the embedding. EOS and pad are also
+    written to the config, where other programs look for them.
     """
-    check_folder(path)
     config = AutoConfig.from_pretrained(path, **options)
-    for name, value in config.to_dict().items():  # every architecture has names of its own
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+    config.update({name: 0.0 for name in config.to_dict() if "drop" in name})
     model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
-    rows = model.get_input_embeddings().num_embeddings
-    if rows < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-            layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
     for place in filter(None, (model.config, getattr(model, "generation_config", None))):
         place.eos_token_id, place.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
@@ -650,45 +622,43 @@ def load_reward_model(path, tokenizer):
         sandbox.fail(f"the tokenizer of {path} is not the policy's; train the RM from this policy")
     model = load_model(AutoModelForSequenceClassification, path, tokenizer)
     if not getattr(model.config, "reward_std", 0) > 0:
-        sandbox.fail(
-            f"{path} has no reward_mean and positive reward_std in its config; "
-            "train it with 02_reward_model.py"
-        )
+        sandbox.fail(f"{path} has no reward_mean and reward_std; train it with 02_reward_model.py")
     return model
 
 
-def load_models(cfg, tokenizer, device):
-    """Policy and critic learn, reference and reward model are frozen.
+def load_policy(path, tokenizer, cfg, device):
+    """The policy that learns and its frozen reference: with LoRA, the policy without adapters."""
+    policy = load_model(AutoModelForCausalLM, path, tokenizer)
+    reference = None if cfg.lora_rank else copy.deepcopy(policy).requires_grad_(False)
+    if cfg.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
+    if cfg.lora_rank:
+        policy = reference = add_adapters(policy, cfg.lora_rank, "CAUSAL_LM")
+    return policy.to(device), reference.to(device)
 
-    With LoRA two models are held: the reference is the policy without its adapters, and the
-    reward model is the critic without its own.
 
-    Returns: policy, reference, critic, reward_model; the critic and the RM can be None.
+def load_critic(cfg, tokenizer, device):
+    """The critic that learns, and the reward model; either can be None.
+
+    With LoRA they are one model: the reward model is the critic without its adapters.
     """
-    policy = load_model(AutoModelForCausalLM, cfg.policy, tokenizer)
     reward_model = critic = None
     if cfg.reward == "rm":
-        reward_model = load_reward_model(cfg.reward_model, tokenizer)
-    if cfg.advantage == "gae" and reward_model is not None:
+        reward_model = load_reward_model(cfg.reward_model, tokenizer).to(device)
+    if cfg.advantage == "gae" and cfg.reward == "rm":
         critic = reward_model if cfg.lora_rank else copy.deepcopy(reward_model)
     elif cfg.advantage == "gae":  # no RM to start from: the policy's backbone, values 0
         critic = load_model(AutoModelForSequenceClassification, cfg.policy, tokenizer, num_labels=1)
         torch.nn.init.zeros_(critic.score.weight)
         critic.config.reward_mean, critic.config.reward_std = 0.0, 1.0
+    if critic is None:
+        return None, reward_model
+    if cfg.gradient_checkpointing:
+        critic.activation_checkpointing_enable()
     if cfg.lora_rank:
-        policy = reference = add_adapters(policy, cfg.lora_rank, "CAUSAL_LM")
-        if critic is not None:
-            critic = add_adapters(critic, cfg.lora_rank, "SEQ_CLS")
-            reward_model = reward_model and critic
-    else:
-        reference = copy.deepcopy(policy).requires_grad_(False)
-    if reward_model is not None and reward_model is not critic:
-        reward_model.requires_grad_(False)
-    for model in filter(None, (policy, critic)):
-        if cfg.gradient_checkpointing:
-            unwrapped(model).activation_checkpointing_enable()
-        model.train()
-    return [model and model.to(device) for model in (policy, reference, critic, reward_model)]
+        critic = add_adapters(critic, cfg.lora_rank, "SEQ_CLS")
+        reward_model = reward_model and critic
+    return critic.to(device), reward_model
 
 
 def add_adapters(model, rank, task_type):
@@ -700,28 +670,13 @@ def add_adapters(model, rank, task_type):
         import peft
     except ImportError:
         sandbox.fail("--lora_rank needs peft: pip install -r requirements-lora.txt")
-    lora = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task_type
-    )
-    return peft.get_peft_model(model, lora)
-
-
-def unwrapped(model):
-    """The transformers model itself, which peft wraps."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    options = {"target_modules": "all-linear", "task_type": task_type}
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, **options))
 
 
 def without_adapters(model):
     """A context in which a model with LoRA adapters is what it was before training."""
-    if hasattr(model, "disable_adapter"):
-        return model.disable_adapter()
-    return contextlib.nullcontext()
-
-
-def make_optimizer(model, lr):
-    """AdamW over the trainable parameters, without weight decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    return getattr(model, "disable_adapter", contextlib.nullcontext)()
 
 
 def save_model(model, tokenizer, directory):
@@ -745,13 +700,12 @@ def prompts_of_iteration(count, per_iteration, iteration, seed):
     They depend on nothing else, so every strategy of a seed sees the same prompts in the same
     order, and so does a resumed run.
     """
-    first, last = (iteration - 1) * per_iteration, iteration * per_iteration
-    indices = []
-    for number in range(first // count, (last - 1) // count + 1):
+    start, indices = (iteration - 1) * per_iteration, []
+    for number in range(start // count, (start + per_iteration - 1) // count + 1):
         order = list(range(count))
         random.Random(f"{seed}/{number}").shuffle(order)
-        indices += order[max(first - number * count, 0) : last - number * count]
-    return indices
+        indices += order
+    return indices[start % count :][:per_iteration]
 
 
 def encode_prompt(tokenizer, prompt):
@@ -787,8 +741,9 @@ def encode_prompts(tokenizer, problems, max_new_tokens, model_config):
 def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None):
     """Sample responses with PyTorch's global random numbers.
 
-    Faster than `model.generate` for three reasons: a prompt is computed once for all of its
-    responses, prompts of similar length share a batch, and finished rows leave it.
+    Faster than `model.generate` for four reasons: a prompt is computed once for all of its
+    responses, prompts of similar length share a batch, finished rows leave it, and the cache is not
+    copied for each token.
 
     Args:
         prompts: list of token id lists; repeats: responses to each.
@@ -798,30 +753,24 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     Returns: responses and their logprobs under the sampling distribution, two lists of
         len(prompts) * repeats lists, in order of prompt. A response without EOS is truncated.
     """
-    training = model.training
-    model.eval()  # in training mode gradient checkpointing would switch the cache off
-    count = min(repeats, cfg.generate_batch_size)  # responses to a prompt in one batch
-    order = sorted(
-        list(range(len(prompts))) * math.ceil(repeats / count), key=lambda i: -len(prompts[i])
-    )
-    width = cfg.generate_batch_size // count  # prompts in one batch
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rows = [i for i in order for _ in range(repeats)]
+    size = cfg.generate_batch_size
+    size = size - size % repeats or size  # whole prompts, where they fit
     done = [[] for _ in prompts]
-    with sandbox.progress_bar(len(prompts) * repeats, progress) as bar:
-        for start in range(0, len(order), width):
-            batch = order[start : start + width]
-            rows = generate_batch(
-                model, tokenizer, [prompts[i] for i in batch], count, temperature, cfg
-            )
-            for k, row in enumerate(rows):
-                done[batch[k // count]].append(row)
-            bar.update(len(rows))
-    model.train(training)
-    rows = [row for group in done for row in group[:repeats]]
-    return [ids for ids, _ in rows], [logprobs for _, logprobs in rows]
+    with sandbox.progress_bar(len(rows), progress) as bar:
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            sampled = generate_batch(model, tokenizer, [prompts[i] for i in part], temperature, cfg)
+            for i, response in zip(part, sampled):
+                done[i].append(response)
+            bar.update(len(part))
+    responses, logprobs = zip(*(response for group in done for response in group))
+    return list(responses), list(logprobs)
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room for later tokens: (rows, heads, tokens, width).
+    """Keys and values of one layer, (rows, heads, tokens, width), with room for later tokens.
 
     `DynamicLayer` copies all of them for each new token. With a real model and long responses that
     takes longer than the model itself.
@@ -835,36 +784,37 @@ class RoomyLayer(DynamicLayer):
         if start == 0:
             return super().update(keys, values)
         if self.room is None or len(self.room[0]) != len(keys) or self.room[0].shape[2] < end:
-            self.room = [
-                torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)
-            ]
+            pad = torch.nn.functional.pad
+            self.room = [pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)]
         self.room[0][:, :, start:end], self.room[1][:, :, start:end] = keys, values
         self.keys, self.values = (x[:, :, :end] for x in self.room)
         return self.keys, self.values
 
 
-def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
-    """`repeats` responses to each prompt, all at once -> list of (token ids, logprobs)."""
-    device, eos = model.device, tokenizer.eos_token_id
-    batch = make_batch(prompts, [[]] * len(prompts))
-    mask = batch["prompt_mask"].to(device)  # (P, width), 0 on left padding
+def generate_batch(model, tokenizer, prompts, temperature, cfg):
+    """One response to each prompt, all at once -> list of (token ids, logprobs)."""
+    eos, device = tokenizer.eos_token_id, model.device
+    different = {tuple(ids): k for k, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    batch = make_batch(list(different), [[]] * len(different))
+    inputs, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    logits = model(
-        input_ids=batch["prompt_ids"].to(device),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_repeat_interleave(repeats)
-    logits, mask = logits.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
-    tokens = torch.full((len(mask), cfg.max_new_tokens), eos, device=device)
+    tokens = torch.full((len(prompts), cfg.max_new_tokens), eos, device=device)
     logprobs = torch.zeros(tokens.shape, device=device)
-    active = torch.arange(len(mask), device=device)  # rows of `tokens` that are in the batch
-    going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones without EOS
+    rows = torch.arange(len(prompts), device=device)  # of `tokens`, that are still in the batch
     for t in range(cfg.max_new_tokens):
+        logits = model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if t == 0:  # from prompts to responses
+            places = torch.tensor([different[tuple(ids)] for ids in prompts], device=device)
+            cache.batch_select_indices(places)
+            logits, mask = logits[places], mask[places]
         distribution = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
         if temperature > 0:  # invert the cumulative distribution: torch.multinomial is slow on CPUs
             cumulative = distribution.exp().cumsum(-1)
@@ -873,24 +823,15 @@ def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
             chosen = chosen.clamp(max=cumulative.shape[1] - 1)  # (b, 1)
         else:
             chosen = distribution.argmax(-1, keepdim=True)
-        tokens[active, t] = chosen[:, 0]
-        logprobs[active, t] = distribution.gather(-1, chosen)[:, 0]
-        going = going & (chosen[:, 0] != eos)
-        unfinished = int(going.sum())
-        if unfinished == 0 or t + 1 == cfg.max_new_tokens:
+        tokens[rows, t] = chosen[:, 0]
+        logprobs[rows, t] = distribution.gather(-1, chosen)[:, 0]
+        going = (tokens[rows, : t + 1] != eos).all(1)
+        if not going.any():
             break
-        if unfinished <= 0.8 * len(active):  # it costs a copy of the cache: not for every row
-            keep = going.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            active, going, chosen, mask = active[keep], going[keep], chosen[keep], mask[keep]
-        mask = torch.cat([mask, torch.ones_like(chosen)], 1)
-        logits = model(
-            input_ids=chosen,
-            attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        if going.sum() <= 0.8 * len(rows):  # it costs a copy of the cache: not for every row
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            rows, chosen, mask = rows[going], chosen[going], mask[going]
+        inputs, mask = chosen, torch.cat([mask, torch.ones_like(chosen)], 1)
     ids = [row[: row.index(eos) + 1] if eos in row else row for row in tokens.tolist()]
     return [(row, probs[: len(row)]) for row, probs in zip(ids, logprobs.tolist())]
 
@@ -920,36 +861,31 @@ def validate(policy, tokenizer, problems, prompts, cfg, amp):
 
 
 def make_batch(prompts, responses):
-    """Token id lists -> prompt_ids (B, P) padded left, response_ids (B, T) right, and their masks.
+    """Token ids -> input_ids and attention_mask, (B, P + T), and response_mask, (B, T).
 
-    The masks come from lengths; padding ids are never read.
+    Prompts are padded on the left, responses on the right. The masks come from lengths; padding
+    ids are never read.
     """
     width, length = max(map(len, prompts)), max(map(len, responses))
-    batch = {
-        "prompt_ids": [[0] * (width - len(p)) + p for p in prompts],
-        "prompt_mask": [[0] * (width - len(p)) + [1] * len(p) for p in prompts],
-        "response_ids": [r + [0] * (length - len(r)) for r in responses],
-        "response_mask": [[1] * len(r) + [0] * (length - len(r)) for r in responses],
-    }
+    batch = {"input_ids": [], "attention_mask": [], "response_mask": []}
+    for prompt, response in zip(prompts, responses):
+        left, right = [0] * (width - len(prompt)), [0] * (length - len(response))
+        ids = [*prompt, *response]
+        batch["input_ids"].append(left + ids + right)
+        batch["attention_mask"].append(left + [1] * len(ids) + right)
+        batch["response_mask"].append([1] * len(response) + right)
     return {name: torch.tensor(rows, dtype=torch.long) for name, rows in batch.items()}
 
 
 def take_rows(batch, rows, device):
     """Some rows of a batch, all fields of a row together, without columns of padding alone."""
     part = {name: field[rows] for name, field in batch.items()}
-    width, length = (int(part[f"{kind}_mask"].sum(1).max()) for kind in ("prompt", "response"))
+    used, answered = part["attention_mask"].any(0), part["response_mask"].any(0)
     for name, field in part.items():
-        trimmed = field[:, -width:] if name.startswith("prompt") else field[:, :length]
-        part[name] = trimmed.to(device)
+        whole = name in ("input_ids", "attention_mask")  # prompt and response
+        columns = used if whole else answered[: field.shape[1]]
+        part[name] = field[:, columns].to(device)
     return part
-
-
-def model_inputs(mb):
-    """input_ids and attention_mask, both (B, P + T)."""
-    return (
-        torch.cat([mb["prompt_ids"], mb["response_ids"]], 1),
-        torch.cat([mb["prompt_mask"], mb["response_mask"]], 1),
-    )
 
 
 def response_logprobs(model, input_ids, attention_mask, response_length, temperature):
@@ -978,8 +914,7 @@ def token_scores(model, input_ids, attention_mask):
     The head is computed in float32 under autocast, too: in bf16, rewards between 2 and 4 are
     multiples of 1/64, and responses would tie.
     """
-    model = unwrapped(model)
-    hidden = model.base_model(
+    hidden = model.get_decoder()(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
@@ -1000,39 +935,42 @@ def score_responses(reward_model, sequences, batch_size, progress=None):
     unique = sorted({tuple(ids) for ids in sequences}, key=len)
     with sandbox.progress_bar(len(unique), progress) as bar:
         for start in range(0, len(unique), batch_size):
-            part = [list(ids) for ids in unique[start : start + batch_size]]
-            inputs = model_inputs(make_batch([ids[:1] for ids in part], [ids[1:] for ids in part]))
-            outputs = token_scores(reward_model, *(x.to(reward_model.device) for x in inputs))
-            for ids, row in zip(part, outputs.tolist()):
-                scores[tuple(ids)] = row[len(ids) - 1]
+            part = unique[start : start + batch_size]
+            batch = make_batch([[]] * len(part), part)
+            inputs = (
+                batch[name].to(reward_model.device) for name in ("input_ids", "attention_mask")
+            )
+            for ids, row in zip(part, token_scores(reward_model, *inputs).tolist()):
+                scores[ids] = row[len(ids) - 1]
             bar.update(len(part))
     return torch.tensor([scores[tuple(ids)] for ids in sequences])
 
 
 def normalised(rm_scores, reward_model):
     """RM scores in standard deviations over responses of the SFT policy, whose mean becomes 0."""
-    config = unwrapped(reward_model).config
+    config = reward_model.config
     return (rm_scores - config.reward_mean) / config.reward_std
 
 
 def logprobs_of(model, mb, cfg):
     """`response_logprobs` of a batch -> (B, T)."""
-    length = mb["response_ids"].shape[1]
-    return response_logprobs(model, *model_inputs(mb), length, cfg.temperature)
+    length = mb["response_mask"].shape[1]
+    inputs = mb["input_ids"], mb["attention_mask"]
+    return response_logprobs(model, *inputs, length, cfg.temperature)
 
 
 def values_of(critic, mb, cfg):
     """The critic is the RM read at every token: its value before each response token -> (B, T)."""
-    length = mb["response_ids"].shape[1]
-    return normalised(token_scores(critic, *model_inputs(mb)), critic)[:, -length - 1 : -1]
+    length = mb["response_mask"].shape[1]
+    scores = token_scores(critic, mb["input_ids"], mb["attention_mask"])
+    return normalised(scores, critic)[:, -length - 1 : -1]
 
 
 @torch.no_grad()
 def forward_rows(function, model, batch, cfg, amp):
     """`function(model, mb, cfg)` over a batch, in parts of similar length -> (B, T) on the CPU."""
-    mask = batch["response_mask"]
-    result = torch.zeros(mask.shape)
-    lengths = batch["prompt_mask"].sum(1) + mask.sum(1)
+    result = torch.zeros(batch["response_mask"].shape)
+    lengths = batch["attention_mask"].sum(1)
     for rows in lengths.argsort().split(cfg.score_batch_size):
         mb = take_rows(batch, rows, model.device)
         with amp:
@@ -1054,21 +992,16 @@ def check_first_step(policy, batch, kl, sampler_logprobs, cfg, amp):
     A wrong mask, position or temperature shows here, before it costs a run. Ratio and KL alone
     would be blind to what policy, old policy and reference have in common.
     """
-    mask = batch["response_mask"]
-    rows = torch.arange(min(len(mask), cfg.micro_batch_size))
-    mb = take_rows(batch, rows, policy.device)
+    mask, old_logprobs = batch["response_mask"], batch["old_logprobs"]
+    mb = take_rows(batch, torch.arange(len(mask))[: cfg.micro_batch_size], policy.device)
     with torch.no_grad(), amp:
-        logprobs = logprobs_of(policy, mb, cfg)
+        ratio_gap = (logprobs_of(policy, mb, cfg) - mb["old_logprobs"]).abs()
         bf16 = torch.is_autocast_enabled(policy.device.type)  # inside amp: is it on?
-    sampled = torch.zeros(kl.shape)
-    for row, values in enumerate(sampler_logprobs):
-        sampled[row, : len(values)] = torch.tensor(values)
+    sampled = pad_sequence([torch.tensor(row) for row in sampler_logprobs], batch_first=True)
     gaps = {
-        "the ratio is off 1": masked_mean(
-            (logprobs - mb["old_logprobs"]).abs(), mb["response_mask"]
-        ),
+        "the ratio is off 1": masked_mean(ratio_gap, mb["response_mask"]),
         "the KL is off 0": masked_mean(kl.abs(), mask),
-        "the sampler's logprobs differ": masked_mean((sampled - batch["old_logprobs"]).abs(), mask),
+        "the sampler's logprobs differ": masked_mean((sampled - old_logprobs).abs(), mask),
     }
     for what, gap in gaps.items():
         if not gap <= (0.05 if bf16 else 0.001):  # bf16 has three digits
@@ -1099,6 +1032,7 @@ def train_epoch(model, optimizer, loss_function, batch, cfg, generator, amp):
     """
     lengths = batch["response_mask"].sum(1)
     totals = {}
+    model.train()  # for gradient checkpointing; the sampler's cache needs eval mode
     order = torch.randperm(len(lengths), generator=generator)
     with sandbox.progress_bar(len(order), "training") as bar:
         # Of nearly equal size: a last minibatch of one row would move the weights as far as others.
@@ -1120,10 +1054,8 @@ def train_epoch(model, optimizer, loss_function, batch, cfg, generator, amp):
             totals["grad_norm"] = totals.get("grad_norm", 0.0) + norm.item() * tokens
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+    model.eval()
     return {name: total / int(lengths.sum()) for name, total in totals.items()}
-
-
-# ------------------------------------------------------------------------------------ log and plot
 
 
 def print_line(line, started):
@@ -1137,46 +1069,6 @@ def print_line(line, started):
         f"kept {line['kept']}/{line['seen']}  {validation}{time.time() - started:.0f} s",
         flush=True,
     )
-
-
-def cost(started):
-    """Seconds since `started` and the peak memory of this process, for a stage's last line."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kilobytes
-    if torch.cuda.is_available():
-        return (
-            f"{time.time() - started:.0f} s, GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GB"
-        )
-    return f"{time.time() - started:.0f} s, peak memory {peak:.1f} GB"
-
-
-def plot_curves(metrics, path, title):
-    """Score, true pass rate and KL: under over-optimisation the first rises, the second falls."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [m for m in metrics if m["iteration"]]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    panels = [
-        ("score", "score of the rollouts", "score", "tab:orange"),
-        ("pass_rate", "programs that pass their tests", "pass rate", "tab:green"),
-        ("kl_per_response", "KL of the kept responses", "nats per response", "tab:blue"),
-    ]
-    for axis, (name, heading, label, colour) in zip(axes, panels):
-        steps, values = [m["iteration"] for m in lines], [m[name] for m in lines]
-        axis.plot(steps, values, color=colour, label="rollouts, sampled")
-        axis.set(title=heading, xlabel="iteration", ylabel=label)
-        axis.grid(alpha=0.3)
-    checks = [m for m in metrics if "validation_pass_at_1" in m]
-    steps = [m["iteration"] for m in checks]
-    greedy = [m["validation_pass_at_1"] for m in checks]
-    axes[1].plot(steps, greedy, "o--", color="tab:green", label="validation problems, greedy")
-    axes[1].set_ylim(0, 1)
-    axes[1].legend(loc="lower right")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

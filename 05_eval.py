@@ -27,7 +27,6 @@ Simplified against the paper (Table 2: HumanEval, MBPP and LeetCode): the defaul
 
 import json
 import math
-import resource
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -117,7 +116,7 @@ def main(cfg):
         print((out / "table.txt").read_text(encoding="utf-8"))
         return
     device, amp = set_up(cfg)
-    benchmarks, encoded, reward_model = read_inputs(cfg, out)
+    benchmarks, encoded, reward_model = read_inputs(cfg)
     results, records, first = [], [], {}
     policy = None
 
@@ -155,17 +154,16 @@ def main(cfg):
             limits = {"timeout": cfg.timeout, "workers": cfg.workers}
             verdicts = sandbox.run_tests(row_problems, texts, **limits, progress="testing")
             records += [
-                {
-                    "task_id": problem["task_id"],
-                    "prompt": problem["prompt"],
-                    "response": texts[k],
-                    "rm_score": rm_scores[k],
-                    **sandbox.verdict(verdicts[k]),
-                    "truncated": truncated[k],
-                    "policy": path,
-                    "benchmark": benchmark,
-                    "greedy": k % size == 0,
-                }
+                sandbox.sample_record(
+                    problem,
+                    texts[k],
+                    verdicts[k],
+                    rm_score=rm_scores[k],
+                    truncated=truncated[k],
+                    policy=path,
+                    benchmark=benchmark,
+                    greedy=k % size == 0,
+                )
                 for k, problem in enumerate(row_problems)
             ]
 
@@ -175,9 +173,7 @@ def main(cfg):
             for k in cfg.ks if size > 1 else []:
                 counts = passed[:, 1:].sum(1).tolist()
                 columns[f"pass@{k}"] = np.array([pass_at_k(size - 1, c, k) for c in counts])
-            if (
-                rm_scores[0] is not None
-            ):  # of the sampled responses, with --samples 0 the greedy one
+            if rm_scores[0] is not None:  # of the sampled responses, or else of the greedy one
                 by_problem = np.array(rm_scores).reshape(len(problems), size)
                 columns["rm_score"] = by_problem[:, -cfg.samples :].mean(1)
             row = {"policy": path, "benchmark": benchmark, "problems": len(problems)}
@@ -204,44 +200,40 @@ def main(cfg):
     (part / "table.txt").write_text(table, encoding="utf-8")
     sandbox.save_config(cfg, part)
     part.replace(out)
-    print(f"saved {out}; 05_eval took {cost(started)}")
+    print(f"saved {out} after {time.time() - started:.0f} s")
 
 
 # ----------------------------------------------------------------------------------------- inputs
 
 
-def read_inputs(cfg, out):
+def read_inputs(cfg):
     """Check everything, so that what is wrong with the last policy is said before the first runs.
 
     Returns: {file: problems}, {policy: (tokenizer, {file: prompt ids})}, reward model or None.
     """
-    if out.exists():
-        sandbox.fail(f"{out} holds no finished run; delete it or choose another --out")
+    sandbox.check_numbers(cfg)
     for k in cfg.ks if cfg.samples else []:
         if not 1 <= k <= cfg.samples:
             sandbox.fail(f"pass@{k} needs 1 to --samples {cfg.samples} samples; change --ks")
-    if min(cfg.generate_batch_size, cfg.score_batch_size) < 1:
-        sandbox.fail("--generate_batch_size and --score_batch_size must be at least 1")
     if cfg.stop and cfg.reward_model:
         sandbox.fail("--reward_model scores whole responses; leave out --stop, which cuts them")
     benchmarks = {path: sandbox.read_problems(path) for path in cfg.problems}
     encoded, reward_model = {}, None
     for policy in cfg.policies:
         if policy == "canonical":
-            for path, problems in benchmarks.items():
-                for problem in problems:
-                    if not isinstance(problem.get("solution"), str):
-                        sandbox.fail(
-                            f"{path}: {problem['task_id']} has no solution; leave out canonical"
-                        )
+            for problem in sum(benchmarks.values(), []):
+                if not isinstance(problem.get("solution"), str):
+                    sandbox.fail(f"{problem['task_id']} has no solution; leave out canonical")
             continue
         tokenizer = load_tokenizer(policy, cfg.plain)
         limits = cfg.max_new_tokens, AutoConfig.from_pretrained(policy)
-        prompt_ids = {
-            path: encode_prompts(tokenizer, problems, *limits)
-            for path, problems in benchmarks.items()
-        }
-        encoded[policy] = tokenizer, prompt_ids
+        encoded[policy] = (
+            tokenizer,
+            {
+                path: encode_prompts(tokenizer, problems, *limits)
+                for path, problems in benchmarks.items()
+            },
+        )
         if cfg.reward_model:
             reward_model = load_reward_model(cfg.reward_model, tokenizer)
     return benchmarks, encoded, reward_model
@@ -265,14 +257,6 @@ def set_up(cfg):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def check_folder(path):
-    """Fail at once where a model folder is missing, instead of looking its name up on the hub."""
-    if (Path(path) / "adapter_config.json").is_file():
-        sandbox.fail(f"{path} holds LoRA adapters only; merge them into their base model first")
-    if str(path).startswith(("/", ".", "out/")) and not (Path(path) / "config.json").is_file():
-        sandbox.fail(f"no model at {path}; run the stage that writes it first")
-
-
 def load_tokenizer(path, plain=False):
     """A tokenizer whose EOS closes a response and whose pad token is another.
 
@@ -282,7 +266,9 @@ def load_tokenizer(path, plain=False):
 
     Args: plain: drop the chat template, in saved copies, too.
     """
-    check_folder(path)
+    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
+    if ours and not (Path(path) / "config.json").is_file():
+        sandbox.fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None
@@ -291,19 +277,15 @@ def load_tokenizer(path, plain=False):
         chat.append({"role": "assistant", "content": "RESPONSE"})
         try:
             text = tokenizer.apply_chat_template(chat, tokenize=False)
+            if "QUESTION" not in text:
+                raise ValueError("it does not show the user's message")
         except Exception as error:  # templates raise what they like
             sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
-        if "QUESTION" not in text:
-            sandbox.fail(f"the chat template of {path} does not show the user's message")
-        behind = text.rpartition("RESPONSE")[2]
+        behind = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False).input_ids
         special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
+        closing = [i for i in behind if i in special]
         if closing:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
-    if tokenizer.eos_token_id is None:
-        sandbox.fail(
-            f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it"
-        )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
     return tokenizer
@@ -312,20 +294,14 @@ def load_tokenizer(path, plain=False):
 def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
-    A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
-    others. EOS and pad are also written to the config, where other programs look for them.
+    A pad token that `load_tokenizer` had to add gets a row in the embedding. EOS and pad are also
+    written to the config, where other programs look for them.
     """
-    check_folder(path)
     config = AutoConfig.from_pretrained(path, **options)
-    for name, value in config.to_dict().items():  # every architecture has names of its own
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+    config.update({name: 0.0 for name in config.to_dict() if "drop" in name})
     model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
-    rows = model.get_input_embeddings().num_embeddings
-    if rows < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-            layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
     for place in filter(None, (model.config, getattr(model, "generation_config", None))):
         place.eos_token_id, place.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
@@ -339,16 +315,8 @@ def load_reward_model(path, tokenizer):
         sandbox.fail(f"the tokenizer of {path} is not the policy's; train the RM from this policy")
     model = load_model(AutoModelForSequenceClassification, path, tokenizer)
     if not getattr(model.config, "reward_std", 0) > 0:
-        sandbox.fail(
-            f"{path} has no reward_mean and positive reward_std in its config; "
-            "train it with 02_reward_model.py"
-        )
+        sandbox.fail(f"{path} has no reward_mean and reward_std; train it with 02_reward_model.py")
     return model
-
-
-def unwrapped(model):
-    """The transformers model itself, which peft wraps."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 # ----------------------------------------------------------------------------- generate and score
@@ -403,8 +371,9 @@ def encode_prompts(tokenizer, problems, max_new_tokens, model_config):
 def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None):
     """Sample responses with PyTorch's global random numbers.
 
-    Faster than `model.generate` for three reasons: a prompt is computed once for all of its
-    responses, prompts of similar length share a batch, and finished rows leave it.
+    Faster than `model.generate` for four reasons: a prompt is computed once for all of its
+    responses, prompts of similar length share a batch, finished rows leave it, and the cache is not
+    copied for each token.
 
     Args:
         prompts: list of token id lists; repeats: responses to each.
@@ -414,30 +383,24 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     Returns: responses and their logprobs under the sampling distribution, two lists of
         len(prompts) * repeats lists, in order of prompt. A response without EOS is truncated.
     """
-    training = model.training
-    model.eval()  # in training mode gradient checkpointing would switch the cache off
-    count = min(repeats, cfg.generate_batch_size)  # responses to a prompt in one batch
-    order = sorted(
-        list(range(len(prompts))) * math.ceil(repeats / count), key=lambda i: -len(prompts[i])
-    )
-    width = cfg.generate_batch_size // count  # prompts in one batch
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rows = [i for i in order for _ in range(repeats)]
+    size = cfg.generate_batch_size
+    size = size - size % repeats or size  # whole prompts, where they fit
     done = [[] for _ in prompts]
-    with sandbox.progress_bar(len(prompts) * repeats, progress) as bar:
-        for start in range(0, len(order), width):
-            batch = order[start : start + width]
-            rows = generate_batch(
-                model, tokenizer, [prompts[i] for i in batch], count, temperature, cfg
-            )
-            for k, row in enumerate(rows):
-                done[batch[k // count]].append(row)
-            bar.update(len(rows))
-    model.train(training)
-    rows = [row for group in done for row in group[:repeats]]
-    return [ids for ids, _ in rows], [logprobs for _, logprobs in rows]
+    with sandbox.progress_bar(len(rows), progress) as bar:
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            sampled = generate_batch(model, tokenizer, [prompts[i] for i in part], temperature, cfg)
+            for i, response in zip(part, sampled):
+                done[i].append(response)
+            bar.update(len(part))
+    responses, logprobs = zip(*(response for group in done for response in group))
+    return list(responses), list(logprobs)
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room for later tokens: (rows, heads, tokens, width).
+    """Keys and values of one layer, (rows, heads, tokens, width), with room for later tokens.
 
     `DynamicLayer` copies all of them for each new token. With a real model and long responses that
     takes longer than the model itself.
@@ -451,36 +414,37 @@ class RoomyLayer(DynamicLayer):
         if start == 0:
             return super().update(keys, values)
         if self.room is None or len(self.room[0]) != len(keys) or self.room[0].shape[2] < end:
-            self.room = [
-                torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)
-            ]
+            pad = torch.nn.functional.pad
+            self.room = [pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)]
         self.room[0][:, :, start:end], self.room[1][:, :, start:end] = keys, values
         self.keys, self.values = (x[:, :, :end] for x in self.room)
         return self.keys, self.values
 
 
-def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
-    """`repeats` responses to each prompt, all at once -> list of (token ids, logprobs)."""
-    device, eos = model.device, tokenizer.eos_token_id
-    batch = make_batch(prompts, [[]] * len(prompts))
-    mask = batch["prompt_mask"].to(device)  # (P, width), 0 on left padding
+def generate_batch(model, tokenizer, prompts, temperature, cfg):
+    """One response to each prompt, all at once -> list of (token ids, logprobs)."""
+    eos, device = tokenizer.eos_token_id, model.device
+    different = {tuple(ids): k for k, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    batch = make_batch(list(different), [[]] * len(different))
+    inputs, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    logits = model(
-        input_ids=batch["prompt_ids"].to(device),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_repeat_interleave(repeats)
-    logits, mask = logits.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
-    tokens = torch.full((len(mask), cfg.max_new_tokens), eos, device=device)
+    tokens = torch.full((len(prompts), cfg.max_new_tokens), eos, device=device)
     logprobs = torch.zeros(tokens.shape, device=device)
-    active = torch.arange(len(mask), device=device)  # rows of `tokens` that are in the batch
-    going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones without EOS
+    rows = torch.arange(len(prompts), device=device)  # of `tokens`, that are still in the batch
     for t in range(cfg.max_new_tokens):
+        logits = model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if t == 0:  # from prompts to responses
+            places = torch.tensor([different[tuple(ids)] for ids in prompts], device=device)
+            cache.batch_select_indices(places)
+            logits, mask = logits[places], mask[places]
         distribution = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
         if temperature > 0:  # invert the cumulative distribution: torch.multinomial is slow on CPUs
             cumulative = distribution.exp().cumsum(-1)
@@ -489,24 +453,15 @@ def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
             chosen = chosen.clamp(max=cumulative.shape[1] - 1)  # (b, 1)
         else:
             chosen = distribution.argmax(-1, keepdim=True)
-        tokens[active, t] = chosen[:, 0]
-        logprobs[active, t] = distribution.gather(-1, chosen)[:, 0]
-        going = going & (chosen[:, 0] != eos)
-        unfinished = int(going.sum())
-        if unfinished == 0 or t + 1 == cfg.max_new_tokens:
+        tokens[rows, t] = chosen[:, 0]
+        logprobs[rows, t] = distribution.gather(-1, chosen)[:, 0]
+        going = (tokens[rows, : t + 1] != eos).all(1)
+        if not going.any():
             break
-        if unfinished <= 0.8 * len(active):  # it costs a copy of the cache: not for every row
-            keep = going.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            active, going, chosen, mask = active[keep], going[keep], chosen[keep], mask[keep]
-        mask = torch.cat([mask, torch.ones_like(chosen)], 1)
-        logits = model(
-            input_ids=chosen,
-            attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        if going.sum() <= 0.8 * len(rows):  # it costs a copy of the cache: not for every row
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            rows, chosen, mask = rows[going], chosen[going], mask[going]
+        inputs, mask = chosen, torch.cat([mask, torch.ones_like(chosen)], 1)
     ids = [row[: row.index(eos) + 1] if eos in row else row for row in tokens.tolist()]
     return [(row, probs[: len(row)]) for row, probs in zip(ids, logprobs.tolist())]
 
@@ -524,26 +479,20 @@ def decode_response(tokenizer, ids):
 
 
 def make_batch(prompts, responses):
-    """Token id lists -> prompt_ids (B, P) padded left, response_ids (B, T) right, and their masks.
+    """Token ids -> input_ids and attention_mask, (B, P + T), and response_mask, (B, T).
 
-    The masks come from lengths; padding ids are never read.
+    Prompts are padded on the left, responses on the right. The masks come from lengths; padding
+    ids are never read.
     """
     width, length = max(map(len, prompts)), max(map(len, responses))
-    batch = {
-        "prompt_ids": [[0] * (width - len(p)) + p for p in prompts],
-        "prompt_mask": [[0] * (width - len(p)) + [1] * len(p) for p in prompts],
-        "response_ids": [r + [0] * (length - len(r)) for r in responses],
-        "response_mask": [[1] * len(r) + [0] * (length - len(r)) for r in responses],
-    }
+    batch = {"input_ids": [], "attention_mask": [], "response_mask": []}
+    for prompt, response in zip(prompts, responses):
+        left, right = [0] * (width - len(prompt)), [0] * (length - len(response))
+        ids = [*prompt, *response]
+        batch["input_ids"].append(left + ids + right)
+        batch["attention_mask"].append(left + [1] * len(ids) + right)
+        batch["response_mask"].append([1] * len(response) + right)
     return {name: torch.tensor(rows, dtype=torch.long) for name, rows in batch.items()}
-
-
-def model_inputs(mb):
-    """input_ids and attention_mask, both (B, P + T)."""
-    return (
-        torch.cat([mb["prompt_ids"], mb["response_ids"]], 1),
-        torch.cat([mb["prompt_mask"], mb["response_mask"]], 1),
-    )
 
 
 def token_scores(model, input_ids, attention_mask):
@@ -552,8 +501,7 @@ def token_scores(model, input_ids, attention_mask):
     The head is computed in float32 under autocast, too: in bf16, rewards between 2 and 4 are
     multiples of 1/64, and responses would tie.
     """
-    model = unwrapped(model)
-    hidden = model.base_model(
+    hidden = model.get_decoder()(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
@@ -574,11 +522,13 @@ def score_responses(reward_model, sequences, batch_size, progress=None):
     unique = sorted({tuple(ids) for ids in sequences}, key=len)
     with sandbox.progress_bar(len(unique), progress) as bar:
         for start in range(0, len(unique), batch_size):
-            part = [list(ids) for ids in unique[start : start + batch_size]]
-            inputs = model_inputs(make_batch([ids[:1] for ids in part], [ids[1:] for ids in part]))
-            outputs = token_scores(reward_model, *(x.to(reward_model.device) for x in inputs))
-            for ids, row in zip(part, outputs.tolist()):
-                scores[tuple(ids)] = row[len(ids) - 1]
+            part = unique[start : start + batch_size]
+            batch = make_batch([[]] * len(part), part)
+            inputs = (
+                batch[name].to(reward_model.device) for name in ("input_ids", "attention_mask")
+            )
+            for ids, row in zip(part, token_scores(reward_model, *inputs).tolist()):
+                scores[ids] = row[len(ids) - 1]
             bar.update(len(part))
     return torch.tensor([scores[tuple(ids)] for ids in sequences])
 
@@ -613,16 +563,6 @@ def results_table(results, benchmark, cfg):
             line(row["policy"], [cell(row["gain"].get(n), "+") for n in names]) for row in rows[1:]
         ]
     return "\n".join(lines) + "\n"
-
-
-def cost(started):
-    """Seconds since `started` and the peak memory of this process, for a stage's last line."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kilobytes
-    if torch.cuda.is_available():
-        return (
-            f"{time.time() - started:.0f} s, GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GB"
-        )
-    return f"{time.time() - started:.0f} s, peak memory {peak:.1f} GB"
 
 
 if __name__ == "__main__":

@@ -28,10 +28,8 @@ are 1. IPO sums log-probabilities over tokens, as in its equation; TRL averages 
 
 import contextlib
 import copy
-import dataclasses
 import math
 import random
-import resource
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -57,13 +55,12 @@ import sandbox
 Method = Literal["raft", "bond", "dpo", "ipo", "kto", "iterative_dpo"]
 
 # Chosen on the validation problems of the tiny set, of one or two tried for each method.
-LEARNING_RATES = {
-    "raft": 2e-5,
-    "bond": 1e-4,
-    "dpo": 2e-5,
-    "ipo": 5e-5,
-    "kto": 2e-5,
-    "iterative_dpo": 2e-5,
+LEARNING_RATES = {"bond": 1e-4, "ipo": 5e-5}  # the others: 2e-5
+
+PANELS = {  # of curves.png
+    "score of the policy's responses": ["score"],
+    "programs that pass their tests": ["pass_rate", "validation_pass_at_1"],
+    "KL of the responses, nats": ["kl_per_response"],
 }
 
 
@@ -230,10 +227,12 @@ def sampler_iteration(method, iteration, iterations, rounds, anchor_every):
 
 def main(cfg):
     started = time.time()
+    sandbox.check_numbers(cfg)
     out = Path(cfg.out or f"out/{cfg.method}")
     if sandbox.finished(cfg, out):
         return
-    check_settings(cfg, out)
+    if cfg.responses_per_prompt < 2:
+        sandbox.fail("--responses_per_prompt 1: the best needs another beside it")
     device, amp = set_up(cfg)
     n, per_prompt = cfg.prompts_per_iteration, cfg.responses_per_prompt
     count = n * per_prompt  # samples per iteration
@@ -242,14 +241,15 @@ def main(cfg):
     # ---- problems, models, optimiser
     problems, validation = sandbox.read_problems(cfg.data), sandbox.read_problems(cfg.validation)
     tokenizer = load_tokenizer(cfg.policy)
-    policy, reference = load_policy(cfg, tokenizer, device)
-    reward_model = load_reward_model(cfg.reward_model, tokenizer).requires_grad_(False).to(device)
+    policy, reference = load_policy(cfg.policy, tokenizer, cfg, device)
+    reward_model = load_reward_model(cfg.reward_model, tokenizer).to(device)
     sampler = reference if offline else policy
     if cfg.method in ("bond", "iterative_dpo"):  # it follows the policy from time to time
         sampler = copy.deepcopy(policy).requires_grad_(False)
     prompt_ids = encode_prompts(tokenizer, problems, cfg.max_new_tokens, policy.config)
     validation_ids = encode_prompts(tokenizer, validation, cfg.max_new_tokens, policy.config)
-    optimizer = make_optimizer(policy, cfg.lr or LEARNING_RATES[cfg.method])
+    lr = cfg.lr or LEARNING_RATES.get(cfg.method, 2e-5)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
 
     best = validate(policy, tokenizer, validation, validation_ids, cfg, amp)
     metrics = [{"iteration": 0, "validation_pass_at_1": best}]
@@ -281,11 +281,10 @@ def main(cfg):
             with amp:
                 own, _ = generate(policy, tokenizer, prompts, 1, cfg.temperature, cfg)
         rows = [i for i in tasks for _ in range(per_prompt)] + tasks  # problem of each response
+        row_problems = [problems[i] for i in rows]
         texts = [decode_response(tokenizer, ids) for ids in responses + own]
         limits = {"timeout": cfg.timeout, "workers": cfg.workers}
-        verdicts = background.submit(
-            sandbox.run_tests, [problems[i] for i in rows], texts, **limits
-        )
+        verdicts = background.submit(sandbox.run_tests, row_problems, texts, **limits)
 
         # ---- score: one number per response, in standard deviations of the SFT policy's
         truncated = torch.tensor([ids[-1] != tokenizer.eos_token_id for ids in responses + own])
@@ -321,14 +320,15 @@ def main(cfg):
             elif pairs:
                 with without_adapters(reference):
                     batch["frozen_logprobs"] = forward_rows(logprobs_of, reference, batch, cfg, amp)
+            batch["kl_point"] = torch.zeros(len(kept), 1)
             for _ in range(cfg.epochs):
-                kl_point = 0.0
                 if cfg.method == "kto":  # each response behind the prompt of the pair before
                     others = make_batch(kept_prompts[-2:] + kept_prompts[:-2], kept_responses)
                     both = policy_and_reference(policy, reference, others, cfg, amp)
-                    kl_point = mismatched_kl(*(x.sum(1) for x in both))
+                    batch["kl_point"][:] = mismatched_kl(*(x.sum(1) for x in both))
+                size = groups.shape[1]
                 statistics = train_groups(
-                    policy, optimizer, batch, groups.shape[1], kl_point, cfg, generator, amp
+                    policy, optimizer, method_loss, batch, size, cfg, generator, amp
                 )
 
         # ---- log: the policy by its own responses, which stand behind the samples
@@ -353,29 +353,27 @@ def main(cfg):
         }
         line |= {f"policy_{name}": value for name, value in statistics.items()}
         rollouts = [
-            {
-                "task_id": problems[rows[k]]["task_id"],
-                "prompt": problems[rows[k]]["prompt"],
-                "response": texts[k],
-                "rm_score": rm_scores[k].item(),
-                "score": scores[k].item(),
-                **sandbox.verdict(results[k]),
-                "truncated": truncated[k].item(),
-                "policy": f"{out}/{sampled_after + 1:04d}",
-                "iteration": iteration,
-                "kept": k in kept,
-            }
+            sandbox.sample_record(
+                row_problems[k],
+                texts[k],
+                results[k],
+                rm_score=rm_scores[k].item(),
+                score=scores[k].item(),
+                truncated=truncated[k].item(),
+                policy=f"{out}/{sampled_after + 1:04d}",
+                iteration=iteration,
+                kept=k in kept,
+            )
             for k in range(count)
         ]
         sandbox.write_jsonl(out / "rollouts" / f"{iteration:04d}.jsonl", rollouts)
 
         # ---- validate and save
         if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:
-            line["validation_pass_at_1"] = validate(
-                policy, tokenizer, validation, validation_ids, cfg, amp
-            )
-            if line["validation_pass_at_1"] > best:
-                best = line["validation_pass_at_1"]
+            accuracy = validate(policy, tokenizer, validation, validation_ids, cfg, amp)
+            line["validation_pass_at_1"] = accuracy
+            if accuracy > best:
+                best = accuracy
                 save_model(policy, tokenizer, out / "best")
         line["seconds_iteration"] = time.time() - begun
         metrics.append(line)
@@ -383,28 +381,12 @@ def main(cfg):
         print_line(line, started)
 
     save_model(policy, tokenizer, out / "last")
-    plot_curves(metrics, out / "curves.png", f"{cfg.method}, seed {cfg.seed}")
+    sandbox.plot_curves(metrics, out / "curves.png", PANELS)
     sandbox.save_config(cfg, out)
-    print(f"saved {out}: best validation pass@1 {best:.3f}; 06_baselines took {cost(started)}")
+    print(f"saved {out}: best validation pass@1 {best:.3f}, {time.time() - started:.0f} s")
 
 
 # ------------------------------------------------------------------------------ settings and models
-
-
-def check_settings(cfg, out):
-    """What cannot work is refused before anything is loaded."""
-    if out.exists():
-        sandbox.fail(f"{out} holds no finished run; delete it or choose another --out")
-    for name, value in dataclasses.asdict(cfg).items():
-        counts = ("_size", "_every", "_iteration", "epochs", "rounds", "iterations")
-        if name.endswith(counts) and value < 1:
-            sandbox.fail(f"--{name} {value}: it must be at least 1")
-    if cfg.responses_per_prompt < 2:
-        sandbox.fail(
-            f"--responses_per_prompt {cfg.responses_per_prompt}: the best needs another beside it"
-        )
-    if cfg.beta <= 0:
-        sandbox.fail(f"--beta {cfg.beta}: it must be above 0")
 
 
 def set_up(cfg):
@@ -425,14 +407,6 @@ def set_up(cfg):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def check_folder(path):
-    """Fail at once where a model folder is missing, instead of looking its name up on the hub."""
-    if (Path(path) / "adapter_config.json").is_file():
-        sandbox.fail(f"{path} holds LoRA adapters only; merge them into their base model first")
-    if str(path).startswith(("/", ".", "out/")) and not (Path(path) / "config.json").is_file():
-        sandbox.fail(f"no model at {path}; run the stage that writes it first")
-
-
 def load_tokenizer(path, plain=False):
     """A tokenizer whose EOS closes a response and whose pad token is another.
 
@@ -442,7 +416,9 @@ def load_tokenizer(path, plain=False):
 
     Args: plain: drop the chat template, in saved copies, too.
     """
-    check_folder(path)
+    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
+    if ours and not (Path(path) / "config.json").is_file():
+        sandbox.fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None
@@ -451,19 +427,15 @@ def load_tokenizer(path, plain=False):
         chat.append({"role": "assistant", "content": "RESPONSE"})
         try:
             text = tokenizer.apply_chat_template(chat, tokenize=False)
+            if "QUESTION" not in text:
+                raise ValueError("it does not show the user's message")
         except Exception as error:  # templates raise what they like
             sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
-        if "QUESTION" not in text:
-            sandbox.fail(f"the chat template of {path} does not show the user's message")
-        behind = text.rpartition("RESPONSE")[2]
+        behind = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False).input_ids
         special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
+        closing = [i for i in behind if i in special]
         if closing:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
-    if tokenizer.eos_token_id is None:
-        sandbox.fail(
-            f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it"
-        )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
     return tokenizer
@@ -472,20 +444,14 @@ def load_tokenizer(path, plain=False):
 def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
-    A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
-    others. EOS and pad are also written to the config, where other programs look for them.
+    A pad token that `load_tokenizer` had to add gets a row in the embedding. EOS and pad are also
+    written to the config, where other programs look for them.
     """
-    check_folder(path)
     config = AutoConfig.from_pretrained(path, **options)
-    for name, value in config.to_dict().items():  # every architecture has names of its own
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+    config.update({name: 0.0 for name in config.to_dict() if "drop" in name})
     model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
-    rows = model.get_input_embeddings().num_embeddings
-    if rows < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-            layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
     for place in filter(None, (model.config, getattr(model, "generation_config", None))):
         place.eos_token_id, place.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
@@ -499,23 +465,19 @@ def load_reward_model(path, tokenizer):
         sandbox.fail(f"the tokenizer of {path} is not the policy's; train the RM from this policy")
     model = load_model(AutoModelForSequenceClassification, path, tokenizer)
     if not getattr(model.config, "reward_std", 0) > 0:
-        sandbox.fail(
-            f"{path} has no reward_mean and positive reward_std in its config; "
-            "train it with 02_reward_model.py"
-        )
+        sandbox.fail(f"{path} has no reward_mean and reward_std; train it with 02_reward_model.py")
     return model
 
 
-def load_policy(cfg, tokenizer, device):
-    """The policy that learns and its frozen reference, which with LoRA is the same model."""
-    policy = load_model(AutoModelForCausalLM, cfg.policy, tokenizer)
+def load_policy(path, tokenizer, cfg, device):
+    """The policy that learns and its frozen reference: with LoRA, the policy without adapters."""
+    policy = load_model(AutoModelForCausalLM, path, tokenizer)
+    reference = None if cfg.lora_rank else copy.deepcopy(policy).requires_grad_(False)
+    if cfg.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
     if cfg.lora_rank:
         policy = reference = add_adapters(policy, cfg.lora_rank, "CAUSAL_LM")
-    else:
-        reference = copy.deepcopy(policy).requires_grad_(False)
-    if cfg.gradient_checkpointing:
-        unwrapped(policy).activation_checkpointing_enable()
-    return policy.train().to(device), reference.to(device)
+    return policy.to(device), reference.to(device)
 
 
 def add_adapters(model, rank, task_type):
@@ -527,28 +489,13 @@ def add_adapters(model, rank, task_type):
         import peft
     except ImportError:
         sandbox.fail("--lora_rank needs peft: pip install -r requirements-lora.txt")
-    lora = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task_type
-    )
-    return peft.get_peft_model(model, lora)
-
-
-def unwrapped(model):
-    """The transformers model itself, which peft wraps."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    options = {"target_modules": "all-linear", "task_type": task_type}
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, **options))
 
 
 def without_adapters(model):
     """A context in which a model with LoRA adapters is what it was before training."""
-    if hasattr(model, "disable_adapter"):
-        return model.disable_adapter()
-    return contextlib.nullcontext()
-
-
-def make_optimizer(model, lr):
-    """AdamW over the trainable parameters, without weight decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    return getattr(model, "disable_adapter", contextlib.nullcontext)()
 
 
 def save_model(model, tokenizer, directory):
@@ -572,13 +519,12 @@ def prompts_of_iteration(count, per_iteration, iteration, seed):
     They depend on nothing else, so every strategy of a seed sees the same prompts in the same
     order, and so does a resumed run.
     """
-    first, last = (iteration - 1) * per_iteration, iteration * per_iteration
-    indices = []
-    for number in range(first // count, (last - 1) // count + 1):
+    start, indices = (iteration - 1) * per_iteration, []
+    for number in range(start // count, (start + per_iteration - 1) // count + 1):
         order = list(range(count))
         random.Random(f"{seed}/{number}").shuffle(order)
-        indices += order[max(first - number * count, 0) : last - number * count]
-    return indices
+        indices += order
+    return indices[start % count :][:per_iteration]
 
 
 def encode_prompt(tokenizer, prompt):
@@ -614,8 +560,9 @@ def encode_prompts(tokenizer, problems, max_new_tokens, model_config):
 def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None):
     """Sample responses with PyTorch's global random numbers.
 
-    Faster than `model.generate` for three reasons: a prompt is computed once for all of its
-    responses, prompts of similar length share a batch, and finished rows leave it.
+    Faster than `model.generate` for four reasons: a prompt is computed once for all of its
+    responses, prompts of similar length share a batch, finished rows leave it, and the cache is not
+    copied for each token.
 
     Args:
         prompts: list of token id lists; repeats: responses to each.
@@ -625,30 +572,24 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     Returns: responses and their logprobs under the sampling distribution, two lists of
         len(prompts) * repeats lists, in order of prompt. A response without EOS is truncated.
     """
-    training = model.training
-    model.eval()  # in training mode gradient checkpointing would switch the cache off
-    count = min(repeats, cfg.generate_batch_size)  # responses to a prompt in one batch
-    order = sorted(
-        list(range(len(prompts))) * math.ceil(repeats / count), key=lambda i: -len(prompts[i])
-    )
-    width = cfg.generate_batch_size // count  # prompts in one batch
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rows = [i for i in order for _ in range(repeats)]
+    size = cfg.generate_batch_size
+    size = size - size % repeats or size  # whole prompts, where they fit
     done = [[] for _ in prompts]
-    with sandbox.progress_bar(len(prompts) * repeats, progress) as bar:
-        for start in range(0, len(order), width):
-            batch = order[start : start + width]
-            rows = generate_batch(
-                model, tokenizer, [prompts[i] for i in batch], count, temperature, cfg
-            )
-            for k, row in enumerate(rows):
-                done[batch[k // count]].append(row)
-            bar.update(len(rows))
-    model.train(training)
-    rows = [row for group in done for row in group[:repeats]]
-    return [ids for ids, _ in rows], [logprobs for _, logprobs in rows]
+    with sandbox.progress_bar(len(rows), progress) as bar:
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            sampled = generate_batch(model, tokenizer, [prompts[i] for i in part], temperature, cfg)
+            for i, response in zip(part, sampled):
+                done[i].append(response)
+            bar.update(len(part))
+    responses, logprobs = zip(*(response for group in done for response in group))
+    return list(responses), list(logprobs)
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room for later tokens: (rows, heads, tokens, width).
+    """Keys and values of one layer, (rows, heads, tokens, width), with room for later tokens.
 
     `DynamicLayer` copies all of them for each new token. With a real model and long responses that
     takes longer than the model itself.
@@ -662,36 +603,37 @@ class RoomyLayer(DynamicLayer):
         if start == 0:
             return super().update(keys, values)
         if self.room is None or len(self.room[0]) != len(keys) or self.room[0].shape[2] < end:
-            self.room = [
-                torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)
-            ]
+            pad = torch.nn.functional.pad
+            self.room = [pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)]
         self.room[0][:, :, start:end], self.room[1][:, :, start:end] = keys, values
         self.keys, self.values = (x[:, :, :end] for x in self.room)
         return self.keys, self.values
 
 
-def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
-    """`repeats` responses to each prompt, all at once -> list of (token ids, logprobs)."""
-    device, eos = model.device, tokenizer.eos_token_id
-    batch = make_batch(prompts, [[]] * len(prompts))
-    mask = batch["prompt_mask"].to(device)  # (P, width), 0 on left padding
+def generate_batch(model, tokenizer, prompts, temperature, cfg):
+    """One response to each prompt, all at once -> list of (token ids, logprobs)."""
+    eos, device = tokenizer.eos_token_id, model.device
+    different = {tuple(ids): k for k, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    batch = make_batch(list(different), [[]] * len(different))
+    inputs, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    logits = model(
-        input_ids=batch["prompt_ids"].to(device),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_repeat_interleave(repeats)
-    logits, mask = logits.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
-    tokens = torch.full((len(mask), cfg.max_new_tokens), eos, device=device)
+    tokens = torch.full((len(prompts), cfg.max_new_tokens), eos, device=device)
     logprobs = torch.zeros(tokens.shape, device=device)
-    active = torch.arange(len(mask), device=device)  # rows of `tokens` that are in the batch
-    going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones without EOS
+    rows = torch.arange(len(prompts), device=device)  # of `tokens`, that are still in the batch
     for t in range(cfg.max_new_tokens):
+        logits = model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if t == 0:  # from prompts to responses
+            places = torch.tensor([different[tuple(ids)] for ids in prompts], device=device)
+            cache.batch_select_indices(places)
+            logits, mask = logits[places], mask[places]
         distribution = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
         if temperature > 0:  # invert the cumulative distribution: torch.multinomial is slow on CPUs
             cumulative = distribution.exp().cumsum(-1)
@@ -700,24 +642,15 @@ def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
             chosen = chosen.clamp(max=cumulative.shape[1] - 1)  # (b, 1)
         else:
             chosen = distribution.argmax(-1, keepdim=True)
-        tokens[active, t] = chosen[:, 0]
-        logprobs[active, t] = distribution.gather(-1, chosen)[:, 0]
-        going = going & (chosen[:, 0] != eos)
-        unfinished = int(going.sum())
-        if unfinished == 0 or t + 1 == cfg.max_new_tokens:
+        tokens[rows, t] = chosen[:, 0]
+        logprobs[rows, t] = distribution.gather(-1, chosen)[:, 0]
+        going = (tokens[rows, : t + 1] != eos).all(1)
+        if not going.any():
             break
-        if unfinished <= 0.8 * len(active):  # it costs a copy of the cache: not for every row
-            keep = going.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            active, going, chosen, mask = active[keep], going[keep], chosen[keep], mask[keep]
-        mask = torch.cat([mask, torch.ones_like(chosen)], 1)
-        logits = model(
-            input_ids=chosen,
-            attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        if going.sum() <= 0.8 * len(rows):  # it costs a copy of the cache: not for every row
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            rows, chosen, mask = rows[going], chosen[going], mask[going]
+        inputs, mask = chosen, torch.cat([mask, torch.ones_like(chosen)], 1)
     ids = [row[: row.index(eos) + 1] if eos in row else row for row in tokens.tolist()]
     return [(row, probs[: len(row)]) for row, probs in zip(ids, logprobs.tolist())]
 
@@ -747,36 +680,31 @@ def validate(policy, tokenizer, problems, prompts, cfg, amp):
 
 
 def make_batch(prompts, responses):
-    """Token id lists -> prompt_ids (B, P) padded left, response_ids (B, T) right, and their masks.
+    """Token ids -> input_ids and attention_mask, (B, P + T), and response_mask, (B, T).
 
-    The masks come from lengths; padding ids are never read.
+    Prompts are padded on the left, responses on the right. The masks come from lengths; padding
+    ids are never read.
     """
     width, length = max(map(len, prompts)), max(map(len, responses))
-    batch = {
-        "prompt_ids": [[0] * (width - len(p)) + p for p in prompts],
-        "prompt_mask": [[0] * (width - len(p)) + [1] * len(p) for p in prompts],
-        "response_ids": [r + [0] * (length - len(r)) for r in responses],
-        "response_mask": [[1] * len(r) + [0] * (length - len(r)) for r in responses],
-    }
+    batch = {"input_ids": [], "attention_mask": [], "response_mask": []}
+    for prompt, response in zip(prompts, responses):
+        left, right = [0] * (width - len(prompt)), [0] * (length - len(response))
+        ids = [*prompt, *response]
+        batch["input_ids"].append(left + ids + right)
+        batch["attention_mask"].append(left + [1] * len(ids) + right)
+        batch["response_mask"].append([1] * len(response) + right)
     return {name: torch.tensor(rows, dtype=torch.long) for name, rows in batch.items()}
 
 
 def take_rows(batch, rows, device):
     """Some rows of a batch, all fields of a row together, without columns of padding alone."""
     part = {name: field[rows] for name, field in batch.items()}
-    width, length = (int(part[f"{kind}_mask"].sum(1).max()) for kind in ("prompt", "response"))
+    used, answered = part["attention_mask"].any(0), part["response_mask"].any(0)
     for name, field in part.items():
-        trimmed = field[:, -width:] if name.startswith("prompt") else field[:, :length]
-        part[name] = trimmed.to(device)
+        whole = name in ("input_ids", "attention_mask")  # prompt and response
+        columns = used if whole else answered[: field.shape[1]]
+        part[name] = field[:, columns].to(device)
     return part
-
-
-def model_inputs(mb):
-    """input_ids and attention_mask, both (B, P + T)."""
-    return (
-        torch.cat([mb["prompt_ids"], mb["response_ids"]], 1),
-        torch.cat([mb["prompt_mask"], mb["response_mask"]], 1),
-    )
 
 
 def response_logprobs(model, input_ids, attention_mask, response_length, temperature):
@@ -805,8 +733,7 @@ def token_scores(model, input_ids, attention_mask):
     The head is computed in float32 under autocast, too: in bf16, rewards between 2 and 4 are
     multiples of 1/64, and responses would tie.
     """
-    model = unwrapped(model)
-    hidden = model.base_model(
+    hidden = model.get_decoder()(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
@@ -827,18 +754,20 @@ def score_responses(reward_model, sequences, batch_size, progress=None):
     unique = sorted({tuple(ids) for ids in sequences}, key=len)
     with sandbox.progress_bar(len(unique), progress) as bar:
         for start in range(0, len(unique), batch_size):
-            part = [list(ids) for ids in unique[start : start + batch_size]]
-            inputs = model_inputs(make_batch([ids[:1] for ids in part], [ids[1:] for ids in part]))
-            outputs = token_scores(reward_model, *(x.to(reward_model.device) for x in inputs))
-            for ids, row in zip(part, outputs.tolist()):
-                scores[tuple(ids)] = row[len(ids) - 1]
+            part = unique[start : start + batch_size]
+            batch = make_batch([[]] * len(part), part)
+            inputs = (
+                batch[name].to(reward_model.device) for name in ("input_ids", "attention_mask")
+            )
+            for ids, row in zip(part, token_scores(reward_model, *inputs).tolist()):
+                scores[ids] = row[len(ids) - 1]
             bar.update(len(part))
     return torch.tensor([scores[tuple(ids)] for ids in sequences])
 
 
 def normalised(rm_scores, reward_model):
     """RM scores in standard deviations over responses of the SFT policy, whose mean becomes 0."""
-    config = unwrapped(reward_model).config
+    config = reward_model.config
     return (rm_scores - config.reward_mean) / config.reward_std
 
 
@@ -849,16 +778,16 @@ def masked_mean(x, mask):
 
 def logprobs_of(model, mb, cfg):
     """`response_logprobs` of a batch -> (B, T)."""
-    length = mb["response_ids"].shape[1]
-    return response_logprobs(model, *model_inputs(mb), length, cfg.temperature)
+    length = mb["response_mask"].shape[1]
+    inputs = mb["input_ids"], mb["attention_mask"]
+    return response_logprobs(model, *inputs, length, cfg.temperature)
 
 
 @torch.no_grad()
 def forward_rows(function, model, batch, cfg, amp):
     """`function(model, mb, cfg)` over a batch, in parts of similar length -> (B, T) on the CPU."""
-    mask = batch["response_mask"]
-    result = torch.zeros(mask.shape)
-    lengths = batch["prompt_mask"].sum(1) + mask.sum(1)
+    result = torch.zeros(batch["response_mask"].shape)
+    lengths = batch["attention_mask"].sum(1)
     for rows in lengths.argsort().split(cfg.score_batch_size):
         mb = take_rows(batch, rows, model.device)
         with amp:
@@ -877,11 +806,8 @@ def policy_and_reference(policy, reference, batch, cfg, amp):
 # ------------------------------------------------------------------------------------------- train
 
 
-def method_loss(policy, mb, kl_point, cfg):
-    """The method's loss on a micro-batch of whole groups, the rows of a group side by side.
-
-    Args: kl_point: KTO's reference point. Returns: scalar loss, statistics.
-    """
+def method_loss(policy, mb, cfg):
+    """The method's loss on a micro-batch of whole groups, the rows of a group side by side."""
     logprobs = (logprobs_of(policy, mb, cfg) * mb["response_mask"]).sum(1)  # (B,)
     if cfg.method == "raft":
         return raft_loss(logprobs), {}
@@ -893,22 +819,28 @@ def method_loss(policy, mb, kl_point, cfg):
     ref_chosen, ref_rejected = frozen.view(-1, 2).unbind(1)
     if cfg.method == "kto":
         desirable = torch.arange(len(logprobs), device=logprobs.device) % 2 == 0
-        loss = kto_loss(logprobs, frozen, desirable, kl_point, cfg.beta)
+        loss = kto_loss(logprobs, frozen, desirable, mb["kl_point"][0], cfg.beta)
     elif cfg.method == "ipo":
         loss = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
     else:
         loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
-    raised, lowered = (chosen - ref_chosen).detach(), (rejected - ref_rejected).detach()
-    # That the chosen responses become less probable, too, is a known way in which these fail.
-    return loss, {
+    return loss, pair_statistics(chosen - ref_chosen, rejected - ref_rejected, mb["kl_point"][0])
+
+
+def pair_statistics(raised, lowered, kl_point):
+    """How far pairs have moved from the reference; raised, lowered: (B,) log-ratios.
+
+    That the chosen responses become less probable, too, is a known way in which these fail.
+    """
+    return {
         "chosen_logratio": raised.mean().item(),
         "rejected_logratio": lowered.mean().item(),
         "accuracy": (raised > lowered).float().mean().item(),
-        "kl_point": float(kl_point),
+        "kl_point": kl_point.item(),
     }
 
 
-def train_groups(policy, optimizer, batch, size, kl_point, cfg, generator, amp):
+def train_groups(policy, optimizer, loss_function, batch, size, cfg, generator, amp):
     """One pass over the batch in random minibatches, one optimiser step each -> mean statistics.
 
     A group of `size` rows is what a loss compares: a response, a pair, or all responses to a
@@ -918,27 +850,27 @@ def train_groups(policy, optimizer, batch, size, kl_point, cfg, generator, amp):
     rows = torch.arange(len(batch["response_mask"])).view(-1, size)  # (G, R)
     lengths = batch["response_mask"].sum(1)[rows].amax(1)  # (G,)
     totals = {}
-    for minibatch in torch.randperm(len(rows), generator=generator).split(
-        max(1, cfg.minibatch_size // size)
-    ):
-        minibatch = minibatch[lengths[minibatch].argsort()]  # groups of similar length together
-        for part in minibatch.split(max(1, cfg.micro_batch_size // size)):
-            mb = take_rows(batch, rows[part].flatten(), policy.device)
-            with amp:
-                loss, statistics = method_loss(policy, mb, kl_point, cfg)
-            (loss * (len(part) / len(minibatch))).backward()
-            for name, value in {**statistics, "loss": loss.item()}.items():
-                totals[name] = totals.get(name, 0.0) + value * len(part)
-        norm = torch.nn.utils.clip_grad_norm_(
-            policy.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
-        )
-        totals["grad_norm"] = totals.get("grad_norm", 0.0) + norm.item() * len(minibatch)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    policy.train()  # for gradient checkpointing; the sampler's cache needs eval mode
+    order = torch.randperm(len(rows), generator=generator)
+    with sandbox.progress_bar(len(order), "training") as bar:
+        for minibatch in order.split(max(1, cfg.minibatch_size // size)):
+            minibatch = minibatch[lengths[minibatch].argsort()]  # similar lengths together
+            for part in minibatch.split(max(1, cfg.micro_batch_size // size)):
+                mb = take_rows(batch, rows[part].flatten(), policy.device)
+                with amp:
+                    loss, statistics = loss_function(policy, mb, cfg)
+                (loss * (len(part) / len(minibatch))).backward()
+                for name, value in {**statistics, "loss": loss.item()}.items():
+                    totals[name] = totals.get(name, 0.0) + value * len(part)
+                bar.update(len(part))
+            norm = torch.nn.utils.clip_grad_norm_(
+                policy.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
+            )
+            totals["grad_norm"] = totals.get("grad_norm", 0.0) + norm.item() * len(minibatch)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    policy.eval()
     return {name: total / len(rows) for name, total in totals.items()}
-
-
-# ------------------------------------------------------------------------------------ log and plot
 
 
 def print_line(line, started):
@@ -952,46 +884,6 @@ def print_line(line, started):
         f"kept {line['kept']}/{line['seen']}  {validation}{time.time() - started:.0f} s",
         flush=True,
     )
-
-
-def cost(started):
-    """Seconds since `started` and the peak memory of this process, for a stage's last line."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kilobytes
-    if torch.cuda.is_available():
-        return (
-            f"{time.time() - started:.0f} s, GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GB"
-        )
-    return f"{time.time() - started:.0f} s, peak memory {peak:.1f} GB"
-
-
-def plot_curves(metrics, path, title):
-    """Score, true pass rate and KL: under over-optimisation the first rises, the second falls."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [m for m in metrics if m["iteration"]]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    panels = [
-        ("score", "score of the rollouts", "score", "tab:orange"),
-        ("pass_rate", "programs that pass their tests", "pass rate", "tab:green"),
-        ("kl_per_response", "KL of the kept responses", "nats per response", "tab:blue"),
-    ]
-    for axis, (name, heading, label, colour) in zip(axes, panels):
-        steps, values = [m["iteration"] for m in lines], [m[name] for m in lines]
-        axis.plot(steps, values, color=colour, label="rollouts, sampled")
-        axis.set(title=heading, xlabel="iteration", ylabel=label)
-        axis.grid(alpha=0.3)
-    checks = [m for m in metrics if "validation_pass_at_1" in m]
-    steps = [m["iteration"] for m in checks]
-    greedy = [m["validation_pass_at_1"] for m in checks]
-    axes[1].plot(steps, greedy, "o--", color="tab:green", label="validation problems, greedy")
-    axes[1].set_ylim(0, 1)
-    axes[1].legend(loc="lower right")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

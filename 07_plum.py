@@ -36,10 +36,8 @@ import ast
 import contextlib
 import copy
 import dataclasses
-import math
 import random
 import re
-import resource
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +63,15 @@ import sandbox
 ASK_FOR_TESTS = "{prompt}# tests\n"  # as in plum.jsonl, which 00_data.py writes
 LESSON_BATCH = 64  # examples per optimiser step of the lesson
 MARK = "@plum@"  # starts the lines in which a program prints its outputs
+PANELS = {  # of curves.png
+    "against the true tests and solutions": [
+        "precision_written",
+        "precision_kept",
+        "recall",
+        "label_accuracy",
+    ],
+    "programs that pass the true tests": ["pass_rate", "validation_pass_at_1"],
+}
 
 
 @dataclass
@@ -267,12 +274,9 @@ def main(cfg):
     started = time.time()
     check_flags(cfg)
     n, per_prompt = cfg.prompts_per_iteration, cfg.responses_per_prompt
-    run = f"{cfg.loss}_{'online' if cfg.online else 'offline'}"
-    out = Path(cfg.out or f"out/plum/{run}")
+    out = Path(cfg.out or f"out/plum/{cfg.loss}_{'online' if cfg.online else 'offline'}")
     if sandbox.finished(cfg, out):
         return
-    if out.exists():
-        sandbox.fail(f"{out} holds no finished run; delete it or choose another --out")
     problems, validation = sandbox.read_problems(cfg.data), sandbox.read_problems(cfg.validation)
     if not any(problem["entry_point"] for problem in problems):
         sandbox.fail(f"{cfg.data}: no problem has an entry_point, which a test must call")
@@ -281,8 +285,9 @@ def main(cfg):
     # ---- the lesson; its model starts the policy and is reference, writer and offline sampler
     start = take_lesson(cfg, device, amp) if cfg.lesson_epochs else cfg.policy
     tokenizer = load_tokenizer(start)
-    policy, reference = load_policy_and_reference(start, tokenizer, cfg, device)
-    optimizer = make_optimizer(policy, cfg.lr or (5e-5 if cfg.online else 2e-5))
+    policy, reference = load_policy(start, tokenizer, cfg, device)
+    lr = cfg.lr or (5e-5 if cfg.online else 2e-5)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
     prompt_ids = encode_prompts(tokenizer, problems, cfg.max_new_tokens, policy.config)
     validation_ids = encode_prompts(tokenizer, validation, cfg.max_new_tokens, policy.config)
     requests = [{**problem, "prompt": request_for_tests(problem, cfg)} for problem in problems]
@@ -358,13 +363,15 @@ def main(cfg):
             batch = make_batch(row_prompts, row_responses)
             with without_adapters(reference):
                 batch["ref_logprobs"] = forward_rows(logprobs_of, reference, batch, cfg, amp)
+            batch["kl_point"] = torch.zeros(len(rows), 1)
             for _ in range(cfg.epochs):
-                kl_point = 0.0
                 if cfg.loss == "kto":
-                    kl_point = reference_point(
+                    batch["kl_point"][:] = reference_point(
                         policy, reference, row_prompts, row_responses, cfg, amp
                     )
-                statistics = train_pairs(policy, optimizer, batch, kl_point, cfg, generator, amp)
+                statistics = train_groups(
+                    policy, optimizer, pair_loss, batch, 2, cfg, generator, amp
+                )
         clock.append(time.time())
 
         # ---- log
@@ -393,18 +400,17 @@ def main(cfg):
         }
         line |= {f"policy_{name}": value for name, value in statistics.items()}
         rollouts = [
-            {
-                "task_id": problem["task_id"],
-                "prompt": problem["prompt"],
-                "response": texts[k],
-                "rm_score": None,
-                **sandbox.verdict(results[k]),
-                "truncated": responses[k][-1] != tokenizer.eos_token_id,
-                "policy": f"{out}/{iteration:04d}" if cfg.online else start,
-                "iteration": iteration,
-                "label": labels[k],
-                "kept": k in rows,
-            }
+            sandbox.sample_record(
+                problem,
+                texts[k],
+                results[k],
+                rm_score=None,
+                truncated=responses[k][-1] != tokenizer.eos_token_id,
+                policy=f"{out}/{iteration:04d}" if cfg.online else start,
+                iteration=iteration,
+                label=labels[k],
+                kept=k in rows,
+            )
             for k, problem in enumerate(row_problems)
         ]
         sandbox.write_jsonl(out / "tests" / f"{iteration:04d}.jsonl", tests)
@@ -413,11 +419,10 @@ def main(cfg):
 
         # ---- validate and save
         if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:
-            line["validation_pass_at_1"] = validate(
-                policy, tokenizer, validation, validation_ids, cfg, amp
-            )
-            if line["validation_pass_at_1"] > best:
-                best = line["validation_pass_at_1"]
+            accuracy = validate(policy, tokenizer, validation, validation_ids, cfg, amp)
+            line["validation_pass_at_1"] = accuracy
+            if accuracy > best:
+                best = accuracy
                 save_model(policy, tokenizer, out / "best")
         clock.append(time.time())
         phases = ("generate", "vote", "label", "forward", "train", "tests", "validate")
@@ -427,9 +432,9 @@ def main(cfg):
         print_round(line, started)
 
     save_model(policy, tokenizer, out / "last")
-    plot_rounds(metrics, out / "curves.png", f"PLUM, {run.replace('_', ', ')}")
+    sandbox.plot_curves(metrics, out / "curves.png", PANELS)
     sandbox.save_config(cfg, out)
-    print(f"saved {out}: best validation pass@1 {best:.3f}; 07_plum took {cost(started)}")
+    print(f"saved {out}: best validation pass@1 {best:.3f}, {time.time() - started:.0f} s")
 
 
 # --------------------------------------------------------------------- settings, the lesson, models
@@ -437,13 +442,9 @@ def main(cfg):
 
 def check_flags(cfg):
     """Settings with which nothing would be learned are refused."""
-    counts = ("_size", "_every", "_iteration", "_prompt", "_responses", "iterations")
-    for name, value in dataclasses.asdict(cfg).items():
-        least = 2 if name == "responses_per_prompt" else 1  # one alone makes no pair
-        if name.endswith(counts) and value < least:
-            sandbox.fail(f"--{name} {value}: it must be at least {least}")
-    if cfg.beta <= 0:
-        sandbox.fail(f"--beta {cfg.beta}: it must be above 0")
+    sandbox.check_numbers(cfg)
+    if cfg.responses_per_prompt < 2:
+        sandbox.fail("--responses_per_prompt 1: one alone makes no pair")
     if not 0 <= cfg.agreement < 1:
         sandbox.fail(f"--agreement {cfg.agreement}: it must be a share, less than 1")
     if "{prompt}" not in cfg.ask:
@@ -459,8 +460,6 @@ def take_lesson(cfg, device, amp):
     settings = dataclasses.replace(Config(), **{name: getattr(cfg, name) for name in used})
     if sandbox.finished(settings, cfg.lesson_model):
         return cfg.lesson_model
-    if Path(cfg.lesson_model).exists():
-        sandbox.fail(f"{cfg.lesson_model} holds no finished lesson; delete it or name another")
     fields = {"task_id": str, "prompt": str, "solution": str}
     requests = sandbox.read_jsonl(cfg.lesson_tests, fields)
     ending = cfg.ask.rpartition("}")[2]
@@ -473,24 +472,27 @@ def take_lesson(cfg, device, amp):
         [encode_prompt(tokenizer, example["prompt"]) for example in examples],
         [encode_response(tokenizer, example["solution"]) for example in examples],
     )
-    lengths = batch["prompt_mask"].sum(1) + batch["response_mask"].sum(1)
+    lengths = batch["attention_mask"].sum(1)
     rng, steps = torch.Generator().manual_seed(0), []
     for _ in range(cfg.lesson_epochs):  # examples of similar length share a batch
         for window in torch.randperm(len(examples), generator=rng).split(16 * LESSON_BATCH):
             steps += window[lengths[window].argsort()].split(LESSON_BATCH)
     random.Random(0).shuffle(steps)
-    optimizer = make_optimizer(model, cfg.lesson_lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lesson_lr, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, len(steps) // 20, len(steps))
     with sandbox.progress_bar(len(steps), "lesson") as bar:
         for rows in steps:
             tokens = int(batch["response_mask"][rows].sum())
             for part in rows.split(cfg.micro_batch_size):
                 mb = take_rows(batch, part, device)
-                mask = mb["response_mask"]
                 with amp:
-                    logprobs = response_logprobs(model, *model_inputs(mb), mask.shape[1], 1.0)
-                (-(logprobs * mask).sum() / tokens).backward()
-            take_step(model, optimizer, cfg)
+                    logprobs = logprobs_of(model, mb, settings)  # at temperature 1
+                (-(logprobs * mb["response_mask"]).sum() / tokens).backward()
+            torch.nn.utils.clip_grad_norm_(
+                model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
+            )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             schedule.step()
             bar.update()
     save_model(model, tokenizer, cfg.lesson_model)
@@ -499,16 +501,15 @@ def take_lesson(cfg, device, amp):
     return cfg.lesson_model
 
 
-def load_policy_and_reference(path, tokenizer, cfg, device):
-    """The policy learns, the reference is frozen: with LoRA, the policy without its adapters."""
+def load_policy(path, tokenizer, cfg, device):
+    """The policy that learns and its frozen reference: with LoRA, the policy without adapters."""
     policy = load_model(AutoModelForCausalLM, path, tokenizer)
+    reference = None if cfg.lora_rank else copy.deepcopy(policy).requires_grad_(False)
+    if cfg.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
     if cfg.lora_rank:
         policy = reference = add_adapters(policy, cfg.lora_rank, "CAUSAL_LM")
-    else:
-        reference = copy.deepcopy(policy).requires_grad_(False)
-    if cfg.gradient_checkpointing:
-        unwrapped(policy).activation_checkpointing_enable()
-    return policy.train().to(device), reference.to(device)
+    return policy.to(device), reference.to(device)
 
 
 def request_for_tests(problem, cfg):
@@ -535,14 +536,6 @@ def set_up(cfg):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def check_folder(path):
-    """Fail at once where a model folder is missing, instead of looking its name up on the hub."""
-    if (Path(path) / "adapter_config.json").is_file():
-        sandbox.fail(f"{path} holds LoRA adapters only; merge them into their base model first")
-    if str(path).startswith(("/", ".", "out/")) and not (Path(path) / "config.json").is_file():
-        sandbox.fail(f"no model at {path}; run the stage that writes it first")
-
-
 def load_tokenizer(path, plain=False):
     """A tokenizer whose EOS closes a response and whose pad token is another.
 
@@ -552,7 +545,9 @@ def load_tokenizer(path, plain=False):
 
     Args: plain: drop the chat template, in saved copies, too.
     """
-    check_folder(path)
+    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
+    if ours and not (Path(path) / "config.json").is_file():
+        sandbox.fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None
@@ -561,19 +556,15 @@ def load_tokenizer(path, plain=False):
         chat.append({"role": "assistant", "content": "RESPONSE"})
         try:
             text = tokenizer.apply_chat_template(chat, tokenize=False)
+            if "QUESTION" not in text:
+                raise ValueError("it does not show the user's message")
         except Exception as error:  # templates raise what they like
             sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
-        if "QUESTION" not in text:
-            sandbox.fail(f"the chat template of {path} does not show the user's message")
-        behind = text.rpartition("RESPONSE")[2]
+        behind = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False).input_ids
         special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        closing = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special]
+        closing = [i for i in behind if i in special]
         if closing:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
-    if tokenizer.eos_token_id is None:
-        sandbox.fail(
-            f"the tokenizer of {path} has no EOS token; set tokenizer.eos_token and save it"
-        )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
     return tokenizer
@@ -582,20 +573,14 @@ def load_tokenizer(path, plain=False):
 def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
-    A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
-    others. EOS and pad are also written to the config, where other programs look for them.
+    A pad token that `load_tokenizer` had to add gets a row in the embedding. EOS and pad are also
+    written to the config, where other programs look for them.
     """
-    check_folder(path)
     config = AutoConfig.from_pretrained(path, **options)
-    for name, value in config.to_dict().items():  # every architecture has names of its own
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+    config.update({name: 0.0 for name in config.to_dict() if "drop" in name})
     model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
-    rows = model.get_input_embeddings().num_embeddings
-    if rows < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-            layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
     for place in filter(None, (model.config, getattr(model, "generation_config", None))):
         place.eos_token_id, place.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
@@ -610,28 +595,13 @@ def add_adapters(model, rank, task_type):
         import peft
     except ImportError:
         sandbox.fail("--lora_rank needs peft: pip install -r requirements-lora.txt")
-    lora = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task_type
-    )
-    return peft.get_peft_model(model, lora)
-
-
-def unwrapped(model):
-    """The transformers model itself, which peft wraps."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    options = {"target_modules": "all-linear", "task_type": task_type}
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, **options))
 
 
 def without_adapters(model):
     """A context in which a model with LoRA adapters is what it was before training."""
-    if hasattr(model, "disable_adapter"):
-        return model.disable_adapter()
-    return contextlib.nullcontext()
-
-
-def make_optimizer(model, lr):
-    """AdamW over the trainable parameters, without weight decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    return getattr(model, "disable_adapter", contextlib.nullcontext)()
 
 
 def save_model(model, tokenizer, directory):
@@ -655,13 +625,12 @@ def prompts_of_iteration(count, per_iteration, iteration, seed):
     They depend on nothing else, so every strategy of a seed sees the same prompts in the same
     order, and so does a resumed run.
     """
-    first, last = (iteration - 1) * per_iteration, iteration * per_iteration
-    indices = []
-    for number in range(first // count, (last - 1) // count + 1):
+    start, indices = (iteration - 1) * per_iteration, []
+    for number in range(start // count, (start + per_iteration - 1) // count + 1):
         order = list(range(count))
         random.Random(f"{seed}/{number}").shuffle(order)
-        indices += order[max(first - number * count, 0) : last - number * count]
-    return indices
+        indices += order
+    return indices[start % count :][:per_iteration]
 
 
 def encode_prompt(tokenizer, prompt):
@@ -709,8 +678,9 @@ def encode_response(tokenizer, response):
 def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None):
     """Sample responses with PyTorch's global random numbers.
 
-    Faster than `model.generate` for three reasons: a prompt is computed once for all of its
-    responses, prompts of similar length share a batch, and finished rows leave it.
+    Faster than `model.generate` for four reasons: a prompt is computed once for all of its
+    responses, prompts of similar length share a batch, finished rows leave it, and the cache is not
+    copied for each token.
 
     Args:
         prompts: list of token id lists; repeats: responses to each.
@@ -720,30 +690,24 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     Returns: responses and their logprobs under the sampling distribution, two lists of
         len(prompts) * repeats lists, in order of prompt. A response without EOS is truncated.
     """
-    training = model.training
-    model.eval()  # in training mode gradient checkpointing would switch the cache off
-    count = min(repeats, cfg.generate_batch_size)  # responses to a prompt in one batch
-    order = sorted(
-        list(range(len(prompts))) * math.ceil(repeats / count), key=lambda i: -len(prompts[i])
-    )
-    width = cfg.generate_batch_size // count  # prompts in one batch
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rows = [i for i in order for _ in range(repeats)]
+    size = cfg.generate_batch_size
+    size = size - size % repeats or size  # whole prompts, where they fit
     done = [[] for _ in prompts]
-    with sandbox.progress_bar(len(prompts) * repeats, progress) as bar:
-        for start in range(0, len(order), width):
-            batch = order[start : start + width]
-            rows = generate_batch(
-                model, tokenizer, [prompts[i] for i in batch], count, temperature, cfg
-            )
-            for k, row in enumerate(rows):
-                done[batch[k // count]].append(row)
-            bar.update(len(rows))
-    model.train(training)
-    rows = [row for group in done for row in group[:repeats]]
-    return [ids for ids, _ in rows], [logprobs for _, logprobs in rows]
+    with sandbox.progress_bar(len(rows), progress) as bar:
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            sampled = generate_batch(model, tokenizer, [prompts[i] for i in part], temperature, cfg)
+            for i, response in zip(part, sampled):
+                done[i].append(response)
+            bar.update(len(part))
+    responses, logprobs = zip(*(response for group in done for response in group))
+    return list(responses), list(logprobs)
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room for later tokens: (rows, heads, tokens, width).
+    """Keys and values of one layer, (rows, heads, tokens, width), with room for later tokens.
 
     `DynamicLayer` copies all of them for each new token. With a real model and long responses that
     takes longer than the model itself.
@@ -757,36 +721,37 @@ class RoomyLayer(DynamicLayer):
         if start == 0:
             return super().update(keys, values)
         if self.room is None or len(self.room[0]) != len(keys) or self.room[0].shape[2] < end:
-            self.room = [
-                torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)
-            ]
+            pad = torch.nn.functional.pad
+            self.room = [pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)]
         self.room[0][:, :, start:end], self.room[1][:, :, start:end] = keys, values
         self.keys, self.values = (x[:, :, :end] for x in self.room)
         return self.keys, self.values
 
 
-def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
-    """`repeats` responses to each prompt, all at once -> list of (token ids, logprobs)."""
-    device, eos = model.device, tokenizer.eos_token_id
-    batch = make_batch(prompts, [[]] * len(prompts))
-    mask = batch["prompt_mask"].to(device)  # (P, width), 0 on left padding
+def generate_batch(model, tokenizer, prompts, temperature, cfg):
+    """One response to each prompt, all at once -> list of (token ids, logprobs)."""
+    eos, device = tokenizer.eos_token_id, model.device
+    different = {tuple(ids): k for k, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    batch = make_batch(list(different), [[]] * len(different))
+    inputs, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    logits = model(
-        input_ids=batch["prompt_ids"].to(device),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_repeat_interleave(repeats)
-    logits, mask = logits.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
-    tokens = torch.full((len(mask), cfg.max_new_tokens), eos, device=device)
+    tokens = torch.full((len(prompts), cfg.max_new_tokens), eos, device=device)
     logprobs = torch.zeros(tokens.shape, device=device)
-    active = torch.arange(len(mask), device=device)  # rows of `tokens` that are in the batch
-    going = torch.ones_like(active, dtype=torch.bool)  # of these, the ones without EOS
+    rows = torch.arange(len(prompts), device=device)  # of `tokens`, that are still in the batch
     for t in range(cfg.max_new_tokens):
+        logits = model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if t == 0:  # from prompts to responses
+            places = torch.tensor([different[tuple(ids)] for ids in prompts], device=device)
+            cache.batch_select_indices(places)
+            logits, mask = logits[places], mask[places]
         distribution = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
         if temperature > 0:  # invert the cumulative distribution: torch.multinomial is slow on CPUs
             cumulative = distribution.exp().cumsum(-1)
@@ -795,24 +760,15 @@ def generate_batch(model, tokenizer, prompts, repeats, temperature, cfg):
             chosen = chosen.clamp(max=cumulative.shape[1] - 1)  # (b, 1)
         else:
             chosen = distribution.argmax(-1, keepdim=True)
-        tokens[active, t] = chosen[:, 0]
-        logprobs[active, t] = distribution.gather(-1, chosen)[:, 0]
-        going = going & (chosen[:, 0] != eos)
-        unfinished = int(going.sum())
-        if unfinished == 0 or t + 1 == cfg.max_new_tokens:
+        tokens[rows, t] = chosen[:, 0]
+        logprobs[rows, t] = distribution.gather(-1, chosen)[:, 0]
+        going = (tokens[rows, : t + 1] != eos).all(1)
+        if not going.any():
             break
-        if unfinished <= 0.8 * len(active):  # it costs a copy of the cache: not for every row
-            keep = going.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            active, going, chosen, mask = active[keep], going[keep], chosen[keep], mask[keep]
-        mask = torch.cat([mask, torch.ones_like(chosen)], 1)
-        logits = model(
-            input_ids=chosen,
-            attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        if going.sum() <= 0.8 * len(rows):  # it costs a copy of the cache: not for every row
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            rows, chosen, mask = rows[going], chosen[going], mask[going]
+        inputs, mask = chosen, torch.cat([mask, torch.ones_like(chosen)], 1)
     ids = [row[: row.index(eos) + 1] if eos in row else row for row in tokens.tolist()]
     return [(row, probs[: len(row)]) for row, probs in zip(ids, logprobs.tolist())]
 
@@ -949,36 +905,31 @@ def label(problems, texts, tests, cfg):
 
 
 def make_batch(prompts, responses):
-    """Token id lists -> prompt_ids (B, P) padded left, response_ids (B, T) right, and their masks.
+    """Token ids -> input_ids and attention_mask, (B, P + T), and response_mask, (B, T).
 
-    The masks come from lengths; padding ids are never read.
+    Prompts are padded on the left, responses on the right. The masks come from lengths; padding
+    ids are never read.
     """
     width, length = max(map(len, prompts)), max(map(len, responses))
-    batch = {
-        "prompt_ids": [[0] * (width - len(p)) + p for p in prompts],
-        "prompt_mask": [[0] * (width - len(p)) + [1] * len(p) for p in prompts],
-        "response_ids": [r + [0] * (length - len(r)) for r in responses],
-        "response_mask": [[1] * len(r) + [0] * (length - len(r)) for r in responses],
-    }
+    batch = {"input_ids": [], "attention_mask": [], "response_mask": []}
+    for prompt, response in zip(prompts, responses):
+        left, right = [0] * (width - len(prompt)), [0] * (length - len(response))
+        ids = [*prompt, *response]
+        batch["input_ids"].append(left + ids + right)
+        batch["attention_mask"].append(left + [1] * len(ids) + right)
+        batch["response_mask"].append([1] * len(response) + right)
     return {name: torch.tensor(rows, dtype=torch.long) for name, rows in batch.items()}
 
 
 def take_rows(batch, rows, device):
     """Some rows of a batch, all fields of a row together, without columns of padding alone."""
     part = {name: field[rows] for name, field in batch.items()}
-    width, length = (int(part[f"{kind}_mask"].sum(1).max()) for kind in ("prompt", "response"))
+    used, answered = part["attention_mask"].any(0), part["response_mask"].any(0)
     for name, field in part.items():
-        trimmed = field[:, -width:] if name.startswith("prompt") else field[:, :length]
-        part[name] = trimmed.to(device)
+        whole = name in ("input_ids", "attention_mask")  # prompt and response
+        columns = used if whole else answered[: field.shape[1]]
+        part[name] = field[:, columns].to(device)
     return part
-
-
-def model_inputs(mb):
-    """input_ids and attention_mask, both (B, P + T)."""
-    return (
-        torch.cat([mb["prompt_ids"], mb["response_ids"]], 1),
-        torch.cat([mb["prompt_mask"], mb["response_mask"]], 1),
-    )
 
 
 def response_logprobs(model, input_ids, attention_mask, response_length, temperature):
@@ -1003,16 +954,16 @@ def response_logprobs(model, input_ids, attention_mask, response_length, tempera
 
 def logprobs_of(model, mb, cfg):
     """`response_logprobs` of a batch -> (B, T)."""
-    length = mb["response_ids"].shape[1]
-    return response_logprobs(model, *model_inputs(mb), length, cfg.temperature)
+    length = mb["response_mask"].shape[1]
+    inputs = mb["input_ids"], mb["attention_mask"]
+    return response_logprobs(model, *inputs, length, cfg.temperature)
 
 
 @torch.no_grad()
 def forward_rows(function, model, batch, cfg, amp):
     """`function(model, mb, cfg)` over a batch, in parts of similar length -> (B, T) on the CPU."""
-    mask = batch["response_mask"]
-    result = torch.zeros(mask.shape)
-    lengths = batch["prompt_mask"].sum(1) + mask.sum(1)
+    result = torch.zeros(batch["response_mask"].shape)
+    lengths = batch["attention_mask"].sum(1)
     for rows in lengths.argsort().split(cfg.score_batch_size):
         mb = take_rows(batch, rows, model.device)
         with amp:
@@ -1050,7 +1001,7 @@ def reference_point(policy, reference, prompts, responses, cfg, amp):
 # ------------------------------------------------------------------------------------------ train
 
 
-def pair_loss(policy, mb, kl_point, cfg):
+def pair_loss(policy, mb, cfg):
     """The loss of pairs that stand one after the other, the passing response first."""
     mask = mb["response_mask"]
     logprobs = (logprobs_of(policy, mb, cfg) * mask).sum(1)  # (B,)
@@ -1059,55 +1010,56 @@ def pair_loss(policy, mb, kl_point, cfg):
     ref_chosen, ref_rejected = ref_logprobs.view(-1, 2).unbind(1)
     if cfg.loss == "kto":
         desirable = torch.arange(len(mask), device=mask.device) % 2 == 0
-        loss = kto_loss(logprobs, ref_logprobs, desirable, kl_point, cfg.beta)
+        loss = kto_loss(logprobs, ref_logprobs, desirable, mb["kl_point"][0], cfg.beta)
     else:
         loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
-    raised, lowered = (chosen - ref_chosen).detach(), (rejected - ref_rejected).detach()
-    return loss, {
+    return loss, pair_statistics(chosen - ref_chosen, rejected - ref_rejected, mb["kl_point"][0])
+
+
+def pair_statistics(raised, lowered, kl_point):
+    """How far pairs have moved from the reference; raised, lowered: (B,) log-ratios.
+
+    That the chosen responses become less probable, too, is a known way in which these fail.
+    """
+    return {
         "chosen_logratio": raised.mean().item(),
         "rejected_logratio": lowered.mean().item(),
         "accuracy": (raised > lowered).float().mean().item(),
-        "kl_point": kl_point,
+        "kl_point": kl_point.item(),
     }
 
 
-def train_pairs(policy, optimizer, batch, kl_point, cfg, generator, amp):
-    """One pass over the pairs in random minibatches, an optimiser step each -> mean statistics.
+def train_groups(policy, optimizer, loss_function, batch, size, cfg, generator, amp):
+    """One pass over the batch in random minibatches, one optimiser step each -> mean statistics.
 
-    Each micro-batch counts by its share of the minibatch's pairs, so that the micro-batch size
-    changes nothing but the memory.
+    A group of `size` rows is what a loss compares: a response, a pair, or all responses to a
+    prompt. Each micro-batch counts by its share of the minibatch's groups, so that the micro-batch
+    size changes nothing but the memory.
     """
-    lengths = batch["response_mask"].sum(1).view(-1, 2).amax(1)  # (pairs,)
+    rows = torch.arange(len(batch["response_mask"])).view(-1, size)  # (G, R)
+    lengths = batch["response_mask"].sum(1)[rows].amax(1)  # (G,)
     totals = {}
-    order = torch.randperm(len(lengths), generator=generator)
+    policy.train()  # for gradient checkpointing; the sampler's cache needs eval mode
+    order = torch.randperm(len(rows), generator=generator)
     with sandbox.progress_bar(len(order), "training") as bar:
-        for minibatch in order.split(max(1, cfg.minibatch_size // 2)):
-            minibatch = minibatch[lengths[minibatch].argsort()]  # pairs of similar length together
-            for pairs in minibatch.split(max(1, cfg.micro_batch_size // 2)):
-                rows = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
-                mb = take_rows(batch, rows, policy.device)
+        for minibatch in order.split(max(1, cfg.minibatch_size // size)):
+            minibatch = minibatch[lengths[minibatch].argsort()]  # similar lengths together
+            for part in minibatch.split(max(1, cfg.micro_batch_size // size)):
+                mb = take_rows(batch, rows[part].flatten(), policy.device)
                 with amp:
-                    loss, statistics = pair_loss(policy, mb, kl_point, cfg)
-                (loss * (len(pairs) / len(minibatch))).backward()
+                    loss, statistics = loss_function(policy, mb, cfg)
+                (loss * (len(part) / len(minibatch))).backward()
                 for name, value in {**statistics, "loss": loss.item()}.items():
-                    totals[name] = totals.get(name, 0.0) + value * len(pairs)
-                bar.update(len(pairs))
-            norm = take_step(policy, optimizer, cfg)
-            totals["grad_norm"] = totals.get("grad_norm", 0.0) + norm * len(minibatch)
-    return {name: total / len(lengths) for name, total in totals.items()}
-
-
-def take_step(model, optimizer, cfg):
-    """Clip the gradients, step, and clear them -> their norm."""
-    norm = torch.nn.utils.clip_grad_norm_(
-        model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
-    )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()
-
-
-# ------------------------------------------------------------------------------------ log and plot
+                    totals[name] = totals.get(name, 0.0) + value * len(part)
+                bar.update(len(part))
+            norm = torch.nn.utils.clip_grad_norm_(
+                policy.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
+            )
+            totals["grad_norm"] = totals.get("grad_norm", 0.0) + norm.item() * len(minibatch)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    policy.eval()
+    return {name: total / len(rows) for name, total in totals.items()}
 
 
 def print_round(line, started):
@@ -1124,48 +1076,6 @@ def print_round(line, started):
         f"KL {line['kl_per_response']:.2f}  {validation}{time.time() - started:.0f} s",
         flush=True,
     )
-
-
-def cost(started):
-    """Seconds since `started` and the peak memory of this process, for a stage's last line."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kilobytes
-    if torch.cuda.is_available():
-        return (
-            f"{time.time() - started:.0f} s, GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GB"
-        )
-    return f"{time.time() - started:.0f} s, peak memory {peak:.1f} GB"
-
-
-def plot_rounds(metrics, path, title):
-    """How right tests and labels are, and the pass rates, over the rounds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = {
-        "against the true tests and solutions": {
-            "precision_written": "precision of the written tests",
-            "precision_kept": "precision of the kept tests",
-            "recall": "wrong responses that the kept tests reject",
-            "label_accuracy": "labels that are right",
-        },
-        "programs that pass the true tests": {
-            "pass_rate": "sampled responses of the policy",
-            "validation_pass_at_1": "validation problems, greedy",
-        },
-    }
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axis, (heading, lines) in zip(axes, panels.items()):
-        for name, text in lines.items():
-            points = [m for m in metrics if m.get(name) is not None]
-            axis.plot([m["iteration"] for m in points], [m[name] for m in points], ".-", label=text)
-        axis.set(title=heading, xlabel="round", ylabel="share", ylim=(0, 1))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -860,35 +860,73 @@ FREE_FLAGS = {
 }
 
 
-def finished(cfg, directory):
+def check_numbers(cfg):
+    """Refuse, before any work, a size, a number of steps or a temperature that is not positive."""
+    names = ("beta", "epochs", "iterations", "kl_target", "rounds", "temperature")
+    counts = ("_size", "_every", "_iteration", "_prompt", "_responses", "_tokens")
+    for name, value in dataclasses.asdict(cfg).items():
+        if (name in names or name.endswith(counts)) and value <= 0:
+            fail(f"--{name} {value}: it must be above 0")
+
+
+def finished(cfg, directory, resume=False):
     """True if `directory` holds this stage's output made with these settings; others are refused.
 
     `stage_config.json` is the last file that a stage writes, so it marks the output as complete.
+    `state_config.json` stands beside the saved state of a run that --resume can go on with.
     """
-    path = Path(directory) / "stage_config.json"
-    if not path.is_file():
+    directory = Path(directory)
+    if not directory.exists():
         return False
-    old, new = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(cfg)
+    marks = [directory / name for name in ("stage_config.json", "state_config.json")]
+    complete, resumable = (mark.is_file() for mark in marks)
+    if not complete and not (resumable and resume):
+        advice = "add --resume to go on, or " if resumable else ""
+        fail(f"{directory} holds no finished run; {advice}delete it or choose another --out")
+    old = json.loads(marks[0 if complete else 1].read_text(encoding="utf-8"))
     changed = [
-        f"{name} was {old.get(name)!r}, now {new[name]!r}"
-        for name in new
-        if name not in FREE_FLAGS and old.get(name) != new[name]
+        f"{name} was {old.get(name)!r}, now {value!r}"
+        for name, value in dataclasses.asdict(cfg).items()
+        if name not in FREE_FLAGS and old.get(name) != value
     ]
     if changed:
         fail(
             f"{directory} was made with other settings ({'; '.join(changed)}); "
             "delete it or choose another --out"
         )
-    print(f"{directory} is finished; delete it to run this stage again")
-    return True
+    if complete:
+        print(f"{directory} is finished; delete it to run this stage again")
+    return complete
 
 
-def save_config(cfg, directory):
+def save_config(cfg, directory, name="stage_config.json"):
     """Save the settings beside the output, as the mark that it is complete."""
     text = json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
     temporary = Path(directory) / "stage_config.tmp"
     temporary.write_text(text, encoding="utf-8")
-    temporary.replace(Path(directory) / "stage_config.json")
+    temporary.replace(Path(directory) / name)
+
+
+def sample_record(problem, response, result, **others):
+    """A sample as it is saved: the task, the response, its verdict, and what else is known."""
+    asked = {"task_id": problem["task_id"], "prompt": problem["prompt"]}
+    return asked | {"response": response} | verdict(result) | others
+
+
+def plot_curves(metrics, path, panels):
+    """Draw the course of a run: {heading of a panel: names of the metrics in it}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    for axis, (heading, names) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for name in names:
+            lines = [line for line in metrics if line.get(name) is not None]
+            steps = [line["iteration"] for line in lines]
+            axis.plot(steps, [line[name] for line in lines], ".-", label=name)
+        axis.set(title=heading, xlabel="iteration")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
 
 
 def progress_bar(total, label):

@@ -1,6 +1,7 @@
 """Stage 6: losses by hand, BOND against exact divergences, every method on a small random model."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -226,13 +227,13 @@ def test_micro_batches_change_nothing_and_groups_stay_together(
     # The numbers of the rows travel along in a field, as the rewards of BOND do.
     batch["bond_rewards"] = torch.arange(30.0)[:, None]
     batch["frozen_logprobs"] = -torch.rand(batch["response_mask"].shape) * batch["response_mask"]
+    batch["kl_point"] = torch.full((30, 1), 0.1)
     original, seen, weights = baselines.method_loss, [], []
 
-    def method_loss(policy, mb, kl_point, cfg):
+    def method_loss(policy, mb, cfg):
         seen.append(mb["bond_rewards"].view(-1, size))
-        return original(policy, mb, kl_point, cfg)
+        return original(policy, mb, cfg)
 
-    monkeypatch.setattr(baselines, "method_loss", method_loss)
     for micro_batch_size in (1, 5, 10, 30):
         policy = copy.deepcopy(start)
         cfg = baselines.Config(method=method, minibatch_size=20, micro_batch_size=micro_batch_size)
@@ -240,9 +241,9 @@ def test_micro_batches_change_nothing_and_groups_stay_together(
         statistics = baselines.train_groups(
             policy,
             torch.optim.SGD(policy.parameters(), lr=0.1),
+            method_loss,
             batch,
             size,
-            0.1,
             cfg,
             torch.Generator().manual_seed(2),
             torch.autocast("cpu", enabled=False),
@@ -449,9 +450,9 @@ def test_bond_gives_each_response_the_reward_of_its_own_rank(
     monkeypatch.chdir(world)
     train_groups, batches = baselines.train_groups, []
 
-    def recorded(policy, optimizer, batch, *rest):
+    def recorded(policy, optimizer, loss, batch, *rest):
         batches.append(batch)
-        return train_groups(policy, optimizer, batch, *rest)
+        return train_groups(policy, optimizer, loss, batch, *rest)
 
     monkeypatch.setattr(baselines, "train_groups", recorded)
     baselines.main(config(baselines, "bond", tmp_path / "o", iterations=1))
@@ -460,11 +461,10 @@ def test_bond_gives_each_response_the_reward_of_its_own_rank(
     scores = torch.tensor([r["score"] for r in records]).view(8, 5)
     rewards = baselines.bond_rewards(scores).flatten().tolist()
     expected = {(r["prompt"], r["response"]): reward for r, reward in zip(records, rewards)}
-    for p, p_mask, r, mask, reward in zip(
-        *(batches[0][f"{part}_{x}"] for part in ("prompt", "response") for x in ("ids", "mask")),
-        batches[0]["bond_rewards"][:, 0].tolist(),
-    ):
-        prompt, text = tokenizer.decode(p[p_mask == 1]), r[mask == 1].tolist()
+    names = ("input_ids", "attention_mask", "response_mask", "bond_rewards")
+    for ids, whole, mask, reward in zip(*(batches[0][name] for name in names)):
+        ids, length = ids[whole == 1].tolist(), int(mask.sum())
+        prompt, text, reward = tokenizer.decode(ids[:-length]), ids[-length:], reward.item()
         assert expected[prompt, baselines.decode_response(tokenizer, text)] == pytest.approx(reward)
 
 
@@ -524,6 +524,6 @@ def test_a_finished_run_is_reused_and_other_settings_refused(
     baselines.main(cfg)
     assert "is finished" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
-        baselines.main(baselines.dataclasses.replace(cfg, beta=0.5))
+        baselines.main(dataclasses.replace(cfg, beta=0.5))
     assert stop.value.code == 2 and "beta was 0.1, now 0.5" in capsys.readouterr().err
     assert (world / "out/dpo/metrics.jsonl").stat().st_mtime_ns == before

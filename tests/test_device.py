@@ -73,7 +73,7 @@ def test_padding_changes_nothing_beyond_rounding(ppo, model_folder, device):
     prompts = [draw(length) for length in (2, 3, 5, 9, 14, 20, 27, 30)]
     responses = [draw(length) + [1] for length in (6, 2, 9, 4, 12, 7, 3, 10)]
     batch = ppo.make_batch(prompts, responses)
-    no_mask = batch | {"prompt_mask": torch.ones_like(batch["prompt_mask"])}
+    no_mask = batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
     models = {ppo.logprobs_of: load_policy(ppo, model_folder)}
     models[ppo.values_of] = load_rm(ppo, model_folder)
     for function, model in models.items():
@@ -94,7 +94,8 @@ def test_a_merged_folder_is_the_policy_with_its_adapters(ppo, llama_folder, devi
     batch, cfg = ppo.make_batch(*draw_rows(8, seed=3)), config(ppo)
     before = forward(ppo, ppo.logprobs_of, policy, batch, device)
     batch |= {"old_logprobs": before, "advantages": torch.ones(before.shape)}
-    optimizer, generator = ppo.make_optimizer(policy, 1e-2), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
     ppo.train_epoch(policy, optimizer, ppo.actor_loss, batch, cfg, generator, bf16(device))
 
     class Saver:

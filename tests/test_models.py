@@ -32,6 +32,10 @@ def draw_rows(count=5, seed=0):
     return prompts, [draw(rng.randrange(1, 7)) + [1] for _ in range(count)]
 
 
+def inputs_of(batch):
+    return batch["input_ids"], batch["attention_mask"]
+
+
 def load_policy(ppo, folder):
     return ppo.load_model(ppo.AutoModelForCausalLM, folder, Tokens())
 
@@ -161,12 +165,13 @@ def test_take_rows_cuts_columns_of_padding_and_keeps_the_fields_of_a_row_togethe
     numbers = torch.arange(12.0)[:, None] * batch["response_mask"]
     batch |= {"advantages": numbers, "returns": numbers + 0.5 * batch["response_mask"]}
     mb = ppo.take_rows(batch, torch.tensor([5, 0, 10, 2]), CPU)
-    assert mb["prompt_ids"].shape == (4, 3) and mb["response_ids"].shape == (4, 3)
+    assert mb["input_ids"].shape == mb["attention_mask"].shape == (4, 6)
     for row, number in enumerate([5, 0, 10, 2]):
         length, width = number % 5 + 1, number % 4 + 1
         assert mb["response_mask"][row].tolist() == [1] * length + [0] * (3 - length)
-        assert mb["prompt_ids"][row].tolist() == [0] * (3 - width) + [number + 2] * width
-        assert mb["response_ids"][row, :length].tolist() == [number + 2] * length
+        places = [0] * (3 - width) + [1] * (width + length) + [0] * (3 - length)
+        assert mb["attention_mask"][row].tolist() == places
+        assert mb["input_ids"][row].tolist() == [(number + 2) * place for place in places]
         assert mb["advantages"][row, :length].tolist() == [number] * length
         assert mb["returns"][row, :length].tolist() == [number + 0.5] * length
 
@@ -184,7 +189,7 @@ def test_equal_sequences_have_equal_scores(ppo, llama_folder):
 def test_rewards_and_values_are_float32_under_autocast(ppo, llama_folder):
     """In bf16 all rewards near 3 would be multiples of 1/64, and a filter would rank by ties."""
     reward_model = load_rm(ppo, llama_folder)
-    inputs = ppo.model_inputs(ppo.make_batch(*draw_rows(40)))
+    inputs = inputs_of(ppo.make_batch(*draw_rows(40)))
     with torch.no_grad(), BF16:
         scores = ppo.token_scores(reward_model, *inputs)
     assert scores.dtype == torch.float32
@@ -206,7 +211,7 @@ def test_the_sampler_draws_from_the_distribution_that_is_trained(ppo, model_fold
     for i, prompt in enumerate(prompts):
         batch = ppo.make_batch([prompt] * 50, [[token] for token in range(50)])
         with torch.no_grad():
-            exact = ppo.response_logprobs(policy, *ppo.model_inputs(batch), 1, 2.0)[:, 0]
+            exact = ppo.response_logprobs(policy, *inputs_of(batch), 1, 2.0)[:, 0]
         drawn = torch.tensor([ids[0] for ids in responses[i * count : (i + 1) * count]])
         frequencies, chances = drawn.bincount(minlength=50) / count, exact.exp()
         spread = (chances * (1 - chances) / count).sqrt().clamp(min=1e-3)
@@ -360,7 +365,7 @@ def test_no_dropout_is_left(ppo, tmp_path):
     model_config = tiny_config("gpt2")
     assert model_config.resid_pdrop > 0
     ppo.AutoModelForCausalLM.from_config(model_config).save_pretrained(tmp_path)
-    policy, inputs = load_policy(ppo, tmp_path), ppo.model_inputs(ppo.make_batch(*draw_rows()))
+    policy, inputs = load_policy(ppo, tmp_path), inputs_of(ppo.make_batch(*draw_rows()))
     train_mode = ppo.response_logprobs(policy.train(), *inputs, 4, 1.0)
     assert torch.equal(train_mode, ppo.response_logprobs(policy.eval(), *inputs, 4, 1.0))
 
@@ -374,7 +379,7 @@ def test_bf16_is_autocast_over_float32_weights_which_move_at_the_papers_lr(ppo, 
         batch = training_batch(ppo, policy)
         policy = policy.to(dtype)
         before = [p.detach().clone() for p in policy.parameters() if p.dim() == 2]
-        optimizer = ppo.make_optimizer(policy, 5e-7)
+        optimizer = torch.optim.AdamW(policy.parameters(), 5e-7)
         train(ppo, policy, batch, config(ppo), optimizer, BF16)
         after = [p for p in policy.parameters() if p.dim() == 2]
         changed = sum((a != b).sum().item() for a, b in zip(before, after))
@@ -433,7 +438,7 @@ def test_lora_starts_as_the_reference_and_is_merged_when_saved(ppo, lora, llama_
     logprobs, ref_logprobs = ppo.policy_and_reference(policy, policy, batch, cfg, FLOAT32)
     assert torch.equal(logprobs, ref_logprobs)  # B is 0 at first
     batch |= {"old_logprobs": logprobs, "advantages": torch.ones(logprobs.shape)}
-    train(ppo, policy, batch, cfg, ppo.make_optimizer(policy, 1e-2))
+    train(ppo, policy, batch, cfg, torch.optim.AdamW(policy.parameters(), 1e-2))
     after, ref_after = ppo.policy_and_reference(policy, policy, batch, cfg, FLOAT32)
     assert torch.equal(ref_after, ref_logprobs) and not torch.allclose(after, logprobs, atol=1e-2)
 
@@ -463,7 +468,8 @@ def test_the_lora_critic_learns_and_leaves_the_reward_model_alone(ppo, lora):
 
     before, values = rewards(), ppo.forward_rows(ppo.values_of, critic, batch, cfg, FLOAT32)
     batch |= {"old_values": values, "returns": values + 1.0}
-    optimizer, generator = ppo.make_optimizer(critic, 1e-2), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(critic.parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(0)
     loss = [
         ppo.train_epoch(critic, optimizer, ppo.critic_loss, batch, cfg, generator, FLOAT32)["loss"]
         for _ in range(5)

@@ -154,12 +154,12 @@ def test_all_fields_of_a_kept_row_belong_to_one_response(pipeline, ppo, monkeypa
     _, records = small_run(ppo, pipeline["folder"], monkeypatch, **options)
     kept = [record for record in records if record["kept"]]
     tokenizer, batch = ppo.load_tokenizer("out/sft"), seen[0]
-    mask, prompt_mask = batch["response_mask"].bool(), batch["prompt_mask"].bool()
+    mask, whole = batch["response_mask"].bool(), batch["attention_mask"].bool()
     assert len(kept) == len(mask) == 12
     for k, record in enumerate(kept):
-        ids = batch["response_ids"][k][mask[k]].tolist()
+        sequence, length = batch["input_ids"][k][whole[k]].tolist(), int(mask[k].sum())
+        prompt, ids = sequence[:-length], sequence[-length:]
         assert ppo.decode_response(tokenizer, ids) == record["response"]
-        prompt = batch["prompt_ids"][k][prompt_mask[k]].tolist()
         assert prompt == ppo.encode_prompt(tokenizer, record["prompt"])
         # Nothing is trained yet, so the KL is 0: the last return is the score of the response.
         last_return = batch["returns"][k][len(ids) - 1].item()
@@ -215,7 +215,7 @@ def test_the_policy_follows_the_reward_and_its_opposite(pipeline, ppo, monkeypat
 
         def reward(model, sequences, batch_size, progress=None, sign=sign):
             lengths = torch.tensor([float(len(ids)) for ids in sequences])
-            config = ppo.unwrapped(model).config
+            config = model.config
             score = -sign * (lengths - lengths.mean()) / 5
             return config.reward_mean + config.reward_std * score
 

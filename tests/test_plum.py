@@ -160,8 +160,8 @@ def test_the_reference_point_reads_responses_with_other_prompts(plum, monkeypatc
     monkeypatch.setattr(plum, "policy_and_reference", forward)
     cfg = plum.Config(pairs_per_prompt=2)
     assert plum.reference_point(None, None, prompts, responses, cfg, None) == 2.0
-    assert batches[0]["response_ids"].tolist() == responses
-    assert all(a != b for a, b in zip(batches[0]["prompt_ids"].tolist(), prompts))
+    assert batches[0]["input_ids"][:, 1:].tolist() == responses
+    assert all(a != b for a, b in zip(batches[0]["input_ids"][:, :1].tolist(), prompts))
     # six rows could be of one prompt and a half: no other prompt is certain
     assert plum.reference_point(None, None, prompts[:6], responses[:6], cfg, None) == 0.0
     assert len(batches) == 1
@@ -437,15 +437,17 @@ def test_micro_batches_change_nothing_and_pairs_stay_together(finished_run, plum
     prompts = [[4], [4], [5, 6], [5, 6], [7], [7]]
     losses, gradients = [], []
     for size in (6, 2, None):
-        policy, _ = plum.load_policy_and_reference(path, tokenizer, cfg, torch.device("cpu"))
+        policy, _ = plum.load_policy(path, tokenizer, cfg, torch.device("cpu"))
         batch = plum.make_batch(prompts, responses)
+        batch["kl_point"] = torch.zeros(6, 1)
         batch["ref_logprobs"] = 0.1 * torch.arange(6)[:, None] * batch["response_mask"]
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
         before = [p.detach().clone() for p in policy.parameters()]
         if size:
             cfg = dataclasses.replace(cfg, micro_batch_size=size)
             order = torch.Generator().manual_seed(1)
-            statistics = plum.train_pairs(policy, optimizer, batch, 0.0, cfg, order, amp)
+            job = (policy, optimizer, plum.pair_loss, batch, 2, cfg, order, amp)
+            statistics = plum.train_groups(*job)
             losses.append(statistics["loss"])
         else:
             ratios = []
@@ -493,7 +495,7 @@ def test_a_finished_run_and_its_lesson_are_reused(finished_run, plum, monkeypatc
         (dict(lesson_model="other", lesson_tests="nothing.jsonl"), "nothing.jsonl does not exist"),
         (dict(lesson_model="other", ask="{prompt}# checks\n"), "in other words than --ask"),
         (dict(lesson_epochs=1), "taught was made with other settings"),
-        (dict(lesson_model="./policy"), "policy holds no finished lesson"),
+        (dict(lesson_model="./policy"), "policy holds no finished run"),
         (dict(policy="out/nothing", lesson_epochs=0), "no model at out/nothing"),
         (dict(max_new_tokens=64), "exceeds the model's context of 64"),
     ],

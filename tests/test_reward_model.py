@@ -275,16 +275,16 @@ def test_what_it_writes(rm, world, capsys, lora_rank):
 def test_resumed_it_ends_as_the_unbroken_run_and_samples_once(rm, world, monkeypatch, capsys):
     rm.main(config(rm, out="unbroken"))
     saves = []
-    save_progress = rm.save_progress
+    save_state = rm.save_state
 
     def killed(*args, **progress):
-        save_progress(*args, **progress)
+        save_state(*args, **progress)
         saves.append(progress["step"])
         if progress["step"] in (0, 6):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(rm, "save_progress", killed)
+        patch.setattr(rm, "save_state", killed)
         with pytest.raises(KeyboardInterrupt):
             rm.main(config(rm))
         monkeypatch.setattr(rm, "generate", lambda *args: pytest.fail("sampled again"))

@@ -154,16 +154,16 @@ def test_resumed_it_ends_as_the_unbroken_run(train, sft, base, monkeypatch, caps
         settings = {"model": "./base", "lora_rank": lora_rank}
     metrics = train("unbroken", **settings)
     saves = []
-    save_progress = sft.save_progress
+    save_state = sft.save_state
 
     def killed(*args, **progress):
-        save_progress(*args, **progress)
+        save_state(*args, **progress)
         saves.append(progress["step"])
         if progress["step"] in (2, 6):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "save_progress", killed)
+        patch.setattr(sft, "save_state", killed)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 train("killed", resume=True, **settings)
@@ -293,7 +293,7 @@ def test_what_is_there_is_neither_lost_nor_mixed_with_another(train, sft, capsys
             train("p")
     same = {"out": "p", "epochs": 3, "batch_size": 8, "lr": 1e-2, "log_every": 2}
     refused(capsys, sft, "add --resume", **same)
-    refused(capsys, sft, "another lr", **{**same, "lr": 1e-3, "resume": True})
+    refused(capsys, sft, "lr was", **{**same, "lr": 1e-3, "resume": True})
     train("p", resume=True)
     saved = weights("p")
     train("p", micro_batch_size=2)  # changes no result

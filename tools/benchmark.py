@@ -214,8 +214,9 @@ def time_iterations(folder, policy, reward_model, problems, cfg):
             weights.append(model.base_model.num_parameters(exclude_embeddings=True))
         return model
 
-    def save_state(out, *arguments, **progress):  # 37 GB at 1.5B parameters, and not timed
-        (out / "state.pt").touch()
+    def save_state(cfg, out, *arguments, **progress):  # 37 GB at 1.5B parameters, and not timed
+        for name in ("state.pt", "state_config.json"):
+            (out / name).touch()
 
     with (
         mock.patch.multiple(ppo, load_model=load, save_model=mock.DEFAULT, save_state=save_state),
@@ -255,12 +256,12 @@ def plain(model, tokenizer, prompts, temperature, cfg, **options):
     rows = [ids for ids in prompts for _ in range(cfg.responses_per_prompt)]
     batch = ppo.make_batch(rows, [[]] * len(rows))
     output = model.generate(
-        batch["prompt_ids"].to(model.device),
-        attention_mask=batch["prompt_mask"].to(model.device),
+        batch["input_ids"].to(model.device),
+        attention_mask=batch["attention_mask"].to(model.device),
         generation_config=sampling(tokenizer, temperature, cfg, **options),
     )
     responses, eos = [], tokenizer.eos_token_id
-    for ids in output[:, batch["prompt_ids"].shape[1] :].tolist():
+    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
         responses.append(ids[: ids.index(eos) + 1] if eos in ids else ids)
     return responses
 

@@ -150,7 +150,7 @@ def main(cfg):
                 for problem, text, result in zip(asked, texts, results)
             ]
         )
-        config = ppo.unwrapped(reward_model).config
+        config = reward_model.config
         return rewards * config.reward_std + config.reward_mean
 
     ppo.score_responses = score_responses
