@@ -41,60 +41,32 @@ MAX_DEPTH = 200  # nesting of one value
 
 LARGE = 1 << 10000  # beyond it decimal digits take too long
 ATOMS = {int, float, str, bool, type(None)}
-FACTORIES = (int, float, str, bool, list, tuple, dict, set, None)
-BASES = {
-    int: int.__int__,
-    float: float.__float__,
-    str: str.__str__,
-}  # a subclass is sent as what it holds
+BASES = {int: int.__int__, float: float.__float__, str: str.__str__}  # of a subclass: its value
 
 
 def attributes(names):
     return lambda x, base: [getattr(x, name) for name in names.split()]
 
 
-def content(x, base):
-    return [list(base.__iter__(x))]
-
-
-def mapping(x, base):
-    return [dict(base.items(x))]
-
-
-def view(x, base):
-    return [list(x)]
-
-
-def latin(x, base):
-    return [base.decode(x, "latin-1"), "latin-1"]
-
-
-def text(x, base):
-    return [base.__str__(x)]
-
-
-# type: the arguments that make x again, asked of the base class, never of an override
+# type: the arguments that make x again. Its base class is asked, so that no override answers.
 SHAPES = {
-    "tuple": content,
-    "set": content,
-    "frozenset": content,
-    "bytes": latin,
-    "bytearray": latin,
+    "tuple": lambda x, base: [list(base.__iter__(x))],
+    "set": lambda x, base: [list(base.__iter__(x))],
+    "frozenset": lambda x, base: [list(base.__iter__(x))],
+    "bytes": lambda x, base: [base.decode(x, "latin-1"), "latin-1"],
+    "bytearray": lambda x, base: [base.decode(x, "latin-1"), "latin-1"],
     "dict": lambda x, base: [[[k, v] for k, v in dict.items(x)]],
     "complex": attributes("real imag"),
     "range": attributes("start stop step"),
     "slice": attributes("start stop step"),
-    "dict_keys": view,
-    "dict_values": view,
-    "dict_items": view,
-    "collections.Counter": mapping,
-    "collections.OrderedDict": mapping,
-    "collections.defaultdict": lambda x, base: [
-        x.default_factory if x.default_factory in FACTORIES else None,
-        *mapping(x, base),
-    ],
-    "collections.deque": lambda x, base: [*content(x, base), x.maxlen],
-    "decimal.Decimal": text,
+    "dict_keys": lambda x, base: [list(x)],
+    "dict_values": lambda x, base: [list(x)],
+    "dict_items": lambda x, base: [list(x)],
+    "collections.Counter": lambda x, base: [dict(base.items(x))],
+    "collections.OrderedDict": lambda x, base: [dict(base.items(x))],
+    "collections.defaultdict": lambda x, base: [x.default_factory, dict(base.items(x))],
+    "collections.deque": lambda x, base: [list(base.__iter__(x)), x.maxlen],
+    "decimal.Decimal": lambda x, base: [base.__str__(x)],
     "fractions.Fraction": attributes("numerator denominator"),
     "datetime.timezone": lambda x, base: [base.utcoffset(x, None)],
     "datetime.timedelta": attributes("days seconds microseconds"),
@@ -102,9 +74,9 @@ SHAPES = {
     "datetime.time": attributes("hour minute second microsecond tzinfo"),
     "datetime.datetime": attributes("year month day hour minute second microsecond tzinfo"),
     "zoneinfo.ZoneInfo": attributes("key"),
-    "pathlib.PurePosixPath": text,
-    "pathlib.PosixPath": text,
-    "uuid.UUID": text,
+    "pathlib.PurePosixPath": lambda x, base: [base.__str__(x)],
+    "pathlib.PosixPath": lambda x, base: [base.__str__(x)],
+    "uuid.UUID": lambda x, base: [base.__str__(x)],
     "numpy.generic": lambda x, base: [x.dtype.str, x.item()],
     "numpy.ndarray": lambda x, base: [x.dtype.str, list(x.shape), base.tolist(x)],
 }
@@ -131,24 +103,20 @@ def pack(x, other, depth=0):
     if kind is type and getattr(builtins, x.__name__, None) is x:
         return {"builtin": x.__name__}
     if issubclass(kind, enum.Enum):
-        if issubclass(kind, (int, str)):
-            return {"enum": [kind.__name__, x.name, pack(x.value, other, depth + 1)]}
+        plain = issubclass(kind, (int, str))
+        return {"enum": parts([kind.__name__, x.name, x.value])} if plain else other(x)
+    fields = getattr(kind, "_fields", None)
+    if issubclass(kind, tuple) and type(fields) is tuple and tuple.__len__(x) == len(fields):
+        return {"named": [kind.__name__, list(fields), parts(tuple.__iter__(x))]}
+    if kind.__module__ == "numpy" and (x.dtype.hasobject or x.dtype.names):
         return other(x)
-    if (
-        issubclass(kind, tuple)
-        and type(getattr(kind, "_fields", None)) is tuple
-        and tuple.__len__(x) == len(kind._fields)
-    ):
-        return {"named": [kind.__name__, list(kind._fields), parts(tuple.__iter__(x))]}
     for base in kind.__mro__[:-1]:
         name = f"{base.__module__}.{base.__qualname__}".removeprefix("builtins.")
         if base in BASES:
             return BASES[base](x)
         if base is list:
             return parts(list.__iter__(x))
-        if name in SHAPES and not (
-            name == "numpy.ndarray" and (x.dtype.hasobject or x.dtype.names)
-        ):
+        if name in SHAPES:
             return {name: parts(SHAPES[name](x, base))}
     return other(x)
 
@@ -156,11 +124,7 @@ def pack(x, other, depth=0):
 def unpack(data, handle):
     """Make the value that `data` stands for; handle(key) gives the object behind a handle."""
     if type(data) is list:
-        return (
-            data[:]
-            if {list, dict}.isdisjoint(map(type, data))
-            else [unpack(v, handle) for v in data]
-        )
+        return [unpack(v, handle) if type(v) in (list, dict) else v for v in data]
     if type(data) is not dict:
         return data
     ((tag, parts),) = data.items()
@@ -173,7 +137,7 @@ def unpack(data, handle):
     if tag == "named":
         return named_tuple(parts[0], *parts[1])(*[unpack(v, handle) for v in parts[2]])
     if tag == "enum":
-        return member(parts[0], parts[1], unpack(parts[2], handle))
+        return member(*parts)
     if tag not in SHAPES:
         raise ValueError("no such type")
     parts = [unpack(v, handle) for v in parts]
@@ -183,10 +147,10 @@ def unpack(data, handle):
         return dict(enumerate(parts[0])).values()
     if tag == "dict_items":
         return dict(parts[0]).items()
+    if tag == "collections.defaultdict" and not isinstance(parts[0], type):
+        parts[0] = None
     module, _, name = tag.rpartition(".")
     module = __import__(module or "builtins")
-    if tag == "collections.defaultdict" and parts[0] not in FACTORIES:
-        parts[0] = None
     if module.__name__ == "numpy":
         return wide_numpy(module, name, parts)
     return getattr(module, name)(*parts)
@@ -218,22 +182,11 @@ def wide_numpy(numpy, name, parts):
     return x.astype(wide) if x.shape or name == "ndarray" else wide(x)
 
 
-encode = json.encoder.c_make_encoder(  # what json.dumps makes anew for each value
-    None,
-    json.JSONEncoder().default,
-    json.encoder.encode_basestring,
-    None,
-    ":",
-    ",",
-    False,
-    False,
-    True,
-)
-scan = json.JSONDecoder().scan_once
+encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 
 
 def message(data):
-    line = "".join([*encode(data, 0), "\n"]).encode("utf-8", "surrogatepass")
+    line = encode(data).encode("utf-8", "surrogatepass") + b"\n"
     if len(line) > MAX_MESSAGE:
         raise OverflowError(f"a message of {len(line)} bytes is too large")
     return line
@@ -243,8 +196,8 @@ def receive(stream):
     """The next message; EOFError when the other side has gone or talks nonsense."""
     line = stream.readline(MAX_MESSAGE)
     try:
-        return scan(line.decode("utf-8", "surrogatepass") if line.endswith(b"\n") else "", 0)[0]
-    except (ValueError, RecursionError, StopIteration):
+        return json.loads(line if line.endswith(b"\n") else b"")
+    except (ValueError, RecursionError):
         raise EOFError from None
 
 
@@ -261,9 +214,9 @@ def read_exactly(sock, size):
 # ---------------------------------------- U: runs the candidate and answers J
 
 
-def make_module(code):
+def make_module(code, name="solution"):
     """The candidate's module, as `solution` and as `__main__` (for pickle and dataclasses)."""
-    module = type(sys)("solution")
+    module = type(sys)(name)
     module.__file__ = "solution.py"
     module.__loader__ = SimpleNamespace(get_source=lambda name: code)
     sys.modules["solution"] = sys.modules["__main__"] = module
@@ -278,6 +231,8 @@ def load(code, module):
         status = "error"
         exec(compiled, module.__dict__)
     except BaseException as error:
+        if isinstance(error, SystemExit) and module.__name__ == "__main__":
+            raise
         if not isinstance(error, SyntaxError) or "\0" in code:
             status = "memory" if isinstance(error, MemoryError) else "error"
         return [status, describe(error)]
@@ -297,12 +252,9 @@ def describe(error):
     return text[:1000].replace("\n", " ") + place
 
 
-def builtin_classes(error):
-    return [c.__name__ for c in type(error).__mro__ if vars(builtins).get(c.__name__) is c]
-
-
-OPERATORS = """lt le gt ge eq add sub mul truediv floordiv mod pow and or xor matmul abs neg
-    contains getitem setitem delitem"""
+COMPARE = "lt le gt ge"
+COMPUTE = "add sub mul truediv floordiv mod pow and or xor matmul"
+OPERATORS = f"{COMPARE} {COMPUTE} eq abs neg contains getitem setitem delitem"
 FUNCTIONS = """bool len int float round iter next str repr hash format reversed getattr setattr
     isinstance issubclass"""
 ACTIONS = {name: getattr(operator, f"__{name}__") for name in OPERATORS.split()}
@@ -355,30 +307,29 @@ class Answers:
         while True:
             number, action, args, kwargs = receive(stream)
             try:
-                real = unpack(args, self.find)
-                named = {k: unpack(v, self.find) for k, v in kwargs.items()}
-                reply = [number, "value", pack(ACTIONS[action](*real, **named), self.keep)]
-                if named or not ATOMS.issuperset(map(type, real)):
-                    now = [pack(real, self.keep), {k: pack(v, self.keep) for k, v in named.items()}]
-                    if now != [args, kwargs]:
-                        reply += now  # what it changed in place changes in J too
-                reply = message(reply)
+                reply = message([number, "value", *self.act(action, args, kwargs)])
             except BaseException as error:
-                reply = [
-                    number,
-                    "error",
-                    type(error).__name__,
-                    builtin_classes(error),
-                    describe(error),
-                ]
-                try:
-                    reply = message(
-                        [*reply, pack(error.args, self.keep)]
-                    )  # the tests may look at str(error)
-                except BaseException:
-                    reply = message(reply)
+                reply = self.error(number, error)
             flush()
             sock.sendall(reply)
+
+    def act(self, action, args, kwargs):
+        """The value, and the arguments where the candidate has changed them in place."""
+        real = unpack(args, self.find)
+        named = {k: unpack(v, self.find) for k, v in kwargs.items()}
+        value = pack(ACTIONS[action](*real, **named), self.keep)
+        if not named and ATOMS.issuperset(map(type, real)):
+            return [value]
+        now = [pack(real, self.keep), {k: pack(v, self.keep) for k, v in named.items()}]
+        return [value] if now == [args, kwargs] else [value, *now]
+
+    def error(self, number, error):
+        known = [c.__name__ for c in type(error).__mro__ if vars(builtins).get(c.__name__) is c]
+        reply = [number, "error", type(error).__name__, known, describe(error)]
+        try:
+            return message([*reply, pack(error.args, self.keep)])  # tests may look at str(error)
+        except BaseException:
+            return message(reply)
 
 
 # ---------------------------------------- J: asks U, and compares
@@ -392,19 +343,8 @@ class CannotSend(BaseException):
     """The tests have made something that cannot be sent, so they need one process."""
 
 
-CHANGES = {
-    "call",
-    "method",
-    "setattr",
-    "setitem",
-    "delitem",
-    "add",
-    "sub",
-    "mul",
-    "and",
-    "or",
-    "xor",
-}
+# What may change the length of an object.
+CHANGES = {"call", "method", "setattr", "setitem", "delitem", *COMPUTE.split()}
 
 
 class Remote:
@@ -414,9 +354,7 @@ class Remote:
         self.sock, self.methods = sock, methods
         self.stream = sock.makefile("rb", 1 << 16)
         self.number = 0  # of the last request
-        self.over = (
-            None  # Gone or CannotSend: asked after each test, since an `except:` may have hidden it
-        )
+        self.over = None  # Gone or CannotSend: kept, since an `except:` of the tests may hide it
         self.lengths = {}  # of objects, since one of them was last asked to do something
 
     def stop(self, error):
@@ -437,9 +375,13 @@ class Remote:
             raise ValueError("bad handle")
         return Proxy(self, key)
 
+    def named(self, name):
+        """A global name of the candidate. The tests name a class with a capital letter."""
+        return (UnderTest if name[:1].isupper() else Proxy)(self, "g:" + name)
+
     def refuse(self, x):
         """Send the key of a Proxy; give up on anything else that is no plain data."""
-        if type(x) is Proxy:
+        if isinstance(x, Proxy):
             return {"h": x._key}
         # These can come from what the candidate answered, which must not decide how the tests run.
         if isinstance(x, BaseException) or type(x).__module__ == "numpy":
@@ -519,63 +461,44 @@ def change(old, new):
 
 # Methods of immutable plain data. What the tests hand to one of them is often what they expect
 # (`f(1).difference({2})`), so only data answers it, not an object of the candidate.
-DATA_METHODS = {
-    name
-    for kind in (str, bytes, tuple, frozenset, int, float, complex, Decimal)
-    for name in dir(kind)
-    if not name.startswith("_")
-}
+DATA = (str, bytes, tuple, frozenset, int, float, complex, Decimal)
+DATA_METHODS = {name for kind in DATA for name in dir(kind) if not name.startswith("_")}
 
 
 class Proxy:
     """An object that stays in U. It never equals plain data, and no library may ask its methods.
 
-    A class under test and its objects answer for themselves (`Stack().push(1)`: the tests name it,
-    with a capital letter). What a function gave where data was due may be iterated, called and
-    read, but it computes nothing with what the tests hold.
+    What a function gave where data was due may be called, read and iterated, but it computes
+    nothing with what the tests hold.
     """
 
     def __init__(self, remote, key):
-        under_test = key.startswith("g:") and key[2:3].isupper()
-        self.__dict__.update(_remote=remote, _key=key, _under_test=under_test)
+        self.__dict__.update(_remote=remote, _key=key)
 
     def __call__(self, *args, **kwargs):
-        return self._own(
-            self._remote.ask("call", self, *args, **kwargs), self._key.startswith("g:")
-        )
-
-    def _own(self, value, ours=True):
-        """A value made by a class under test is under test too."""
-        if type(value) is Proxy and self._under_test and ours:
-            value.__dict__["_under_test"] = True
-        return value
+        return self._remote.ask("call", self, *args, **kwargs)
 
     def __getattr__(self, name):
         if name.startswith("__") and name not in ("__name__", "__doc__"):
             raise AttributeError(name)
         if sys._getframe(1).f_code.co_filename != "tests.py":
             raise AttributeError(f"{name}: a library needs plain data here")
-        if (
-            not self._under_test
-            and name in DATA_METHODS
-            and name.startswith(("is", "starts", "ends"))
-        ):
-            raise AttributeError(f"{name}: plain data is needed here")
         if name in self._remote.methods:
             return functools.partial(self._method, name)  # only called: one message, not two
         return self._remote.ask("getattr", self, name)
 
     def _method(self, name, /, *args, **kwargs):
-        if not self._under_test and name in DATA_METHODS and (args or kwargs):
+        if name in DATA_METHODS and (args or kwargs or name.startswith("is")):
             raise AttributeError(f"{name}: plain data is needed here")
-        value = self._remote.ask("method", self, name, *args, **kwargs)
-        return self._own(value, name[:1].isupper())
+        return self._remote.ask("method", self, name, *args, **kwargs)
 
     def __setattr__(self, name, value):
         self._remote.ask("setattr", self, name, value)
 
     def __eq__(self, x):
-        return type(x) is Proxy and (self._key == x._key or self._remote.ask("eq", self, x) is True)
+        if not isinstance(x, Proxy):
+            return False
+        return self._key == x._key or self._remote.ask("eq", self, x) is True
 
     def __hash__(self):
         return hash(self._remote.ask("hash", self))  # the bucket only; __eq__ decides
@@ -601,53 +524,56 @@ class Proxy:
             raise TypeError("the length of the candidate's object is not what it yields")
         return length
 
-    def __contains__(self, item):
-        if self._under_test:
-            return self._remote.ask("contains", self, item)
-        return any(item == value for value in self)
-
     def __instancecheck__(self, x):
-        return type(x) is Proxy and self._remote.ask("isinstance", x, self) is True
+        return isinstance(x, Proxy) and self._remote.ask("isinstance", x, self) is True
 
     def __subclasscheck__(self, x):
-        return type(x) is Proxy and self._remote.ask("issubclass", x, self) is True
-
-    def __enter__(self):
-        self._remote.stop(CannotSend("enter a context of the candidate"))
-
-    def __exit__(self, *error):
-        pass
+        return isinstance(x, Proxy) and self._remote.ask("issubclass", x, self) is True
 
     def __copy__(self):
-        return self._own(self._remote.ask("copy", self))
+        return self._remote.ask("copy", self)
 
     def __deepcopy__(self, memo):
-        return self._own(self._remote.ask("deepcopy", self))
+        return self._remote.ask("deepcopy", self)
 
 
-def forward(action, under_test=False):
-    def ask(self, *args):
-        if under_test and not self._under_test:
-            raise TypeError(f"{action}: plain data is needed here")
-        return self._own(self._remote.ask(action, self, *args))
+class UnderTest(Proxy):
+    """A class under test or an object of it: it answers for itself, as in `Stack().push(1)`."""
+
+    def __call__(self, *args, **kwargs):
+        value = super().__call__(*args, **kwargs)
+        return self._own(value) if self._key.startswith("g:") else value
+
+    def _own(self, value):
+        return UnderTest(value._remote, value._key) if isinstance(value, Proxy) else value
+
+    def _method(self, name, /, *args, **kwargs):
+        return self._remote.ask("method", self, name, *args, **kwargs)
+
+
+def forward(action):
+    return lambda self, *args: self._remote.ask(action, self, *args)
+
+
+def between(action):
+    """Between two objects of U."""
+
+    def ask(self, x):
+        return self._remote.ask(action, self, x) if isinstance(x, Proxy) else NotImplemented
 
     return ask
 
 
-def arithmetic(action, swapped=False):
-    """Between two objects of U; with plain data for a class under test, to give another object.
+def with_data(action, swapped=False):
+    """Of a class under test with anything, to give another object: `Vector(1, 2) * 3`.
 
-    `abs(f(x) - 3.5) < 1e-6`: an object that answers 0.0 to `-` or to abs() would pass.
+    `abs(f(x) + -3.5) < 1e-6`: an object that answers 0.0 would pass.
     """
 
     def ask(self, x):
-        if type(x) is not Proxy and not (self._under_test and action in ("add", "mul", "truediv")):
-            return NotImplemented
         value = self._remote.ask(action, x, self) if swapped else self._remote.ask(action, self, x)
-        if type(x) is not Proxy and type(value) is not Proxy:
-            raise TypeError(
-                f"{action}: the candidate's operators give no plain data to these tests"
-            )
+        if not isinstance(x, Proxy) and not isinstance(value, Proxy):
+            raise TypeError(f"{action}: the candidate's operators give no plain data")
         return self._own(value)
 
     return ask
@@ -655,12 +581,13 @@ def arithmetic(action, swapped=False):
 
 for _name in ("getitem", "setitem", "delitem", "next", "str", "repr", "format", "reversed", "bool"):
     setattr(Proxy, f"__{_name}__", forward(_name))
-for _name in ("int", "float", "abs", "neg", "round"):
-    setattr(Proxy, f"__{_name}__", forward(_name, under_test=True))
-for _name in OPERATORS.split()[:4] + OPERATORS.split()[5:16]:  # without eq
-    setattr(Proxy, f"__{_name}__", arithmetic(_name))
+for _name in f"{COMPARE} {COMPUTE}".split():
+    setattr(Proxy, f"__{_name}__", between(_name))
+for _name in ("int", "float", "abs", "neg", "round", "contains"):
+    setattr(UnderTest, f"__{_name}__", forward(_name))
 for _name in ("add", "mul", "truediv"):
-    setattr(Proxy, f"__r{_name}__", arithmetic(_name, swapped=True))
+    setattr(UnderTest, f"__{_name}__", with_data(_name))
+    setattr(UnderTest, f"__r{_name}__", with_data(_name, swapped=True))
 
 
 class Names(dict):
@@ -674,14 +601,14 @@ class Names(dict):
 
 def environment(plan, remote):
     """The tests' names: the library's and the candidate's; its missing `sum` is not the builtin."""
-    env = {"__name__": "tests", "run_case": run_case}
-    if read := set(plan["names"]) - set(plan["called"]):
-        env = Names(env)
-        env.remote, env.read = remote, read
+    env = Names(__name__="tests", run_case=run_case)
+    env.remote, env.read = remote, set(plan["names"]) - set(plan["called"])
+    if not env.read:
+        env = dict(env)  # faster
     if hidden := set(plan["names"]) & vars(builtins).keys():
         env["__builtins__"] = {n: v for n, v in vars(builtins).items() if n not in hidden}
     for name in plan["called"]:
-        env[name] = Proxy(remote, "g:" + name)
+        env[name] = remote.named(name)
     for name, module in plan["library"]:
         with contextlib.suppress(ImportError):
             env[name] = getattr(__import__(module), name) if name in LIBRARY else __import__(module)
@@ -704,9 +631,8 @@ SHARED = set(WORDS.split())
 # Names that tests use without an import, since candidates have them: they are the library's.
 LIBRARY = {"deepcopy": "copy", "Decimal": "decimal", "Fraction": "fractions"}
 LIBRARY |= dict.fromkeys(("isclose", "sqrt", "ceil", "floor", "gcd", "pi", "inf", "nan"), "math")
-LIBRARY |= dict.fromkeys(
-    ("Counter", "defaultdict", "OrderedDict", "deque", "namedtuple"), "collections"
-)
+CONTAINERS = ("Counter", "defaultdict", "OrderedDict", "deque", "namedtuple")
+LIBRARY |= dict.fromkeys(CONTAINERS, "collections")
 
 
 @functools.lru_cache(maxsize=256)
@@ -716,46 +642,30 @@ def plan(setup, tests, entry_point):
     Returns: dict of what J needs, and `why`: why they need one process, or "".
     Raises ValueError or SyntaxError where the tests cannot be run or test nothing.
     """
-    sources = [setup, *tests]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trees = [ast.parse(source) for source in sources]
+        trees = [ast.parse(source) for source in (setup, *tests)]
         for tree in trees[1:]:
             refuse_empty(tree)
         call_what_nobody_calls(trees, entry_point)
         codes = [compile(tree, "tests.py", "exec", dont_inherit=True) for tree in trees]
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    used, bound, called, attributes = set(), set(), set(), collections.Counter()
-    for node in nodes:
-        match node:
-            case ast.Name(id=name, ctx=ast.Load()):
-                used.add(name)
-            case ast.Name(id=name) | ast.ExceptHandler(name=name) | ast.arg(arg=name):
-                bound.add(name)
-            case (
-                ast.FunctionDef(name=name)
-                | ast.AsyncFunctionDef(name=name)
-                | ast.ClassDef(name=name)
-            ):
-                bound.add(name)
-            case ast.alias(name=name, asname=short):
-                bound.add((short or name).split(".")[0])
-            case ast.Attribute(attr=name):
-                attributes[name] += 1
-        match node:
-            case ast.Call(func=ast.Attribute(attr=name)):
-                attributes[name] -= 1
-            case ast.Call(func=ast.Name(id=name)):
-                called.add(name)
+    words = [node for node in nodes if isinstance(node, ast.Name)]
+    used = {word.id for word in words if isinstance(word.ctx, ast.Load)}
+    bound = {word.id for word in words if not isinstance(word.ctx, ast.Load)} | definitions(nodes)
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+    # A function's name as an argument, `check(f)`, is a function, too.
+    passed = {arg.id for call in calls for arg in call.args if isinstance(arg, ast.Name)}
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    functions = {id(call.func) for call in calls}
+    read = {node.attr for node in attributes if id(node) not in functions}
+
     entry = first_name(entry_point)
     names = {n for n in used - bound if not hasattr(builtins, n) and n != "run_case"} - {entry}
     library = names & ((MODULES | {"np"}) - called | (LIBRARY.keys() if entry_point else set()))
     names = names - library | ({entry} & used)  # only the entry point may hide a builtin
-    # A function's name as an argument, `check(f)`, is a function, too.
-    passed = {
-        a.id for n in nodes if isinstance(n, ast.Call) for a in n.args if isinstance(a, ast.Name)
-    }
-    why = why_one_process(nodes, names, bound)
+    why = why_one_process(nodes, names)
     if not names and "solution" not in why:
         raise ValueError("the tests ask nothing of the candidate")
     return {
@@ -763,7 +673,7 @@ def plan(setup, tests, entry_point):
         "names": sorted(names),
         "called": sorted(names & (called | passed & {entry})),
         "library": sorted((n, LIBRARY.get(n) or {"np": "numpy"}.get(n, n)) for n in library),
-        "methods": {name for name, count in attributes.items() if not count},  # only ever called
+        "methods": {node.attr for node in attributes} - read,  # only ever called
         "why": why,
     }
 
@@ -773,64 +683,61 @@ def first_name(entry_point):
     return re.match(r"\w*", entry_point or "")[0] or None
 
 
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def definitions(nodes):
+    """The names that definitions, imports, arguments and `except ... as` bind."""
+    named = (*FUNCTION, ast.ClassDef, ast.ExceptHandler)
+    found = {node.name for node in nodes if isinstance(node, named)}
+    found |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    aliases = [node for node in nodes if isinstance(node, ast.alias)]
+    return found | {(alias.asname or alias.name).split(".")[0] for alias in aliases}
+
+
 def refuse_empty(tree):
     """Refuse a test that says nothing, or only compares."""
-    body = [
-        n for n in tree.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
-    ]
-    if not body:
+    expressions = [node.value for node in tree.body if isinstance(node, ast.Expr)]
+    if len(tree.body) == sum(isinstance(value, ast.Constant) for value in expressions):
         raise ValueError("a test is empty")
-    for node in [
-        *tree.body,
-        *(n for f in tree.body if isinstance(f, ast.FunctionDef) for n in f.body),
-    ]:
-        match node:
-            case ast.Expr(value=ast.Compare()):
-                raise ValueError(f"line {node.lineno}: a comparison without `assert` tests nothing")
+    inner = [node for f in tree.body if isinstance(f, ast.FunctionDef) for node in f.body]
+    for node in tree.body + inner:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Compare):
+            raise ValueError(f"line {node.lineno}: a comparison without `assert` tests nothing")
 
 
 def call_what_nobody_calls(trees, entry_point):
     """Add a test runner's calls: check(entry_point), test functions, classes of tests."""
-    called = {
-        n.func.id
-        for t in trees
-        for n in ast.walk(t)
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    }
-    for number, tree in enumerate(trees):
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    called = [node.func for node in nodes if isinstance(node, ast.Call)]
+    called = {function.id for function in called if isinstance(function, ast.Name)}
+    for tree in trees:
         calls = []
         for node in tree.body:
-            match node:
-                case ast.FunctionDef(name="check") if "check" not in called:
-                    if not entry_point:
-                        raise ValueError("check(candidate) needs an entry_point")
-                    calls.append(f"check({entry_point})")
-                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) if (
-                    name.startswith("test") and name not in called
-                ):
-                    if node.args.args[len(node.args.defaults) :] or node.args.kwonlyargs:
-                        raise ValueError(f"{name} takes arguments, which only a test runner has")
-                    is_async = isinstance(node, ast.AsyncFunctionDef)
-                    calls.append(
-                        f"__import__('asyncio').run({name}())" if is_async else f"{name}()"
-                    )
-                case ast.ClassDef(name=name) if is_case(node):
-                    calls.append(f"run_case({name})")
+            name = getattr(node, "name", "")
+            if isinstance(node, ast.ClassDef) and is_case(node):
+                calls.append(f"run_case({name})")
+            elif not isinstance(node, FUNCTION) or name in called:
+                continue
+            elif name == "check":
+                if not entry_point:
+                    raise ValueError("check(candidate) needs an entry_point")
+                calls.append(f"check({entry_point})")
+            elif name.startswith("test"):
+                if len(node.args.args) > len(node.args.defaults) or node.args.kwonlyargs:
+                    raise ValueError(f"{name} takes arguments, which only a test runner has")
+                run = "__import__('asyncio').run" * isinstance(node, ast.AsyncFunctionDef)
+                calls.append(f"{run}({name}())")
         # `unittest.main()` would look for tests in another module, and end the process
         tree.body = [node for node in tree.body if not runs_unittest(node)]
-        place = trees[
-            max(number, len(trees) - 1 if number == 0 else 0)
-        ]  # what the setup defines runs with the last test
+        # What the setup defines runs with the last test.
+        place = trees[-1] if tree is trees[0] else tree
         place.body += ast.parse("\n".join(calls)).body
 
 
 def is_case(node):
     bases = [ast.unparse(base) for base in node.bases]
-    return (
-        any(base.endswith("TestCase") for base in bases)
-        or not bases
-        and node.name.startswith("Test")
-    )
+    return any(b.endswith("TestCase") for b in bases) or not bases and node.name.startswith("Test")
 
 
 def runs_unittest(node):
@@ -839,11 +746,14 @@ def runs_unittest(node):
     return isinstance(node, ast.Expr) and ast.unparse(node.value).startswith("unittest.main(")
 
 
-def why_one_process(nodes, names, bound):
+EXCEPTIONS = ("Error", "Exception", "Warning")
+
+
+def why_one_process(nodes, names):
     """What these tests do that takes the candidate in their own process, or ""."""
 
-    def words(*within):
-        return {n.id for node in within for n in ast.walk(node) if isinstance(n, ast.Name)}
+    def of_candidate(node):
+        return names & {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
     for node in nodes:
         match node:
@@ -853,56 +763,47 @@ def why_one_process(nodes, names, bound):
                 return f"use {word}"
             case ast.Name(id="compile", ctx=ast.Load()):
                 return "use compile"
-            case ast.Name(id=word) if word in names and word.endswith(
-                ("Error", "Exception", "Warning")
-            ):
+            case ast.Name(id=word) if word in names and word.endswith(EXCEPTIONS):
                 return f"name the candidate's {word}"
-            case ast.Import(names=[ast.alias(name=word), *_]) | ast.ImportFrom(module=word) if (
-                not plain_import(node)
-            ):
-                return f"import {word}"
+            case ast.ExceptHandler(type=ast.AST() as kind) if of_candidate(kind):
+                return "catch an exception of the candidate"
+            case ast.Call(func=ast.Attribute(attr=word), args=[kind, *_]) if word.startswith(
+                "assertRaises"
+            ) and of_candidate(kind):
+                return "expect an exception of the candidate"
+            case ast.Import() | ast.ImportFrom() if not plain_import(node):
+                return f"import {getattr(node, 'module', None) or node.names[0].name}"
             case ast.AsyncFunctionDef() | ast.Await() | ast.AsyncFor() | ast.AsyncWith():
                 return "are asynchronous"
-            case ast.ExceptHandler(type=ast.AST() as kind) if names & words(kind):
-                return "catch an exception of the candidate"
-            case ast.Call(func=ast.Name(id=word) | ast.Attribute(attr=word), args=[first, *_]) if (
-                word in ("assertRaises", "assertRaisesRegex", "raises") and names & words(first)
-            ):
-                return "expect an exception of the candidate"
+            case ast.With() if not ast.unparse(node.items[0]).startswith("self."):
+                return "enter a context"
             case ast.ClassDef() if not is_case(node):
                 return f"define the class {node.name}"
-            case ast.Compare(left=left, ops=ops, comparators=right):
-                if any(isinstance(op, (ast.Is, ast.IsNot)) for op in ops):
-                    sides = [left, *right]
-                    theirs = [
-                        side for side in sides if isinstance(side, ast.Name) and side.id in names
-                    ]
-                    if theirs or not any(map(is_constant, sides)):
-                        return "compare identities"
-            case ast.List(elts=elements) | ast.Tuple(elts=elements) | ast.Call(args=elements):
-                repeated = [e.id for e in elements if isinstance(e, ast.Name)]
-                if len(set(repeated)) < len(repeated) and isinstance(
-                    getattr(node, "ctx", ast.Load()), ast.Load
-                ):
-                    return "hold one object twice"
-            case ast.BinOp(left=ast.List(elts=[first]), op=ast.Mult()) if not isinstance(
-                first, ast.Constant
+            case ast.Compare() if compares_identities(node, names):
+                return "compare identities"
+            case ast.List(elts=values) | ast.Tuple(elts=values) | ast.Call(args=values) if repeats(
+                node, values
             ):
+                return "hold one object twice"
+            case ast.BinOp(left=ast.List(elts=[first]), op=ast.Mult()) if not is_constant(first):
                 return "hold one object several times"
     return ""
 
 
 def plain_import(node):
     """Whether all that is imported comes from modules whose results are plain data."""
-    modules = (
-        [alias.name for alias in node.names]
-        if isinstance(node, ast.Import)
-        else [node.module or ""]
-    )
-    return (
-        all(name.partition(".")[0] in MODULES for name in modules)
-        and "unittest.mock" not in modules
-    )
+    modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+    modules = modules or [alias.name for alias in node.names]
+    return "unittest.mock" not in modules and {m.partition(".")[0] for m in modules} <= MODULES
+
+
+def compares_identities(node, names):
+    """`f(x) is x`, but not `f(x) is None`, whose right side is the same object everywhere."""
+    sides = [node.left, *node.comparators]
+    if not any(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+        return False
+    theirs = any(isinstance(side, ast.Name) and side.id in names for side in sides)
+    return theirs or not any(map(is_constant, sides))
 
 
 def is_constant(node):
@@ -915,36 +816,37 @@ def is_constant(node):
     return False
 
 
+def repeats(node, values):
+    """`[row, row]`, but not the targets of an assignment: `_, _, x = f()`."""
+    names = [value.id for value in values if isinstance(value, ast.Name)]
+    return len(set(names)) < len(names) and not isinstance(getattr(node, "ctx", None), ast.Store)
+
+
 def same_output(expected, output):
     """Whether a program's stdout is what a test expects.
 
     Blanks at the end of lines and blank lines at the end aside; 1.0 for 1 is the same.
     """
-    expected, output = (
-        [line.rstrip() for line in text.rstrip().splitlines()] for text in (expected, output)
-    )
-    if expected == output:
-        return True
+    expected, output = expected.rstrip().splitlines(), output.rstrip().splitlines()
     if len(expected) != len(output):
         return False
     for line, found in zip(expected, output):
+        if line.rstrip() == found.rstrip():
+            continue
         words, found = line.split(), found.split()
         if len(words) != len(found) or not all(map(same_word, words, found)):
             return False
     return True
 
 
+NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{0,300})?([eE][+-]?\d{1,4})?")
+
+
 def same_word(word, found):
-    number = r"[+-]?\d{1,300}(\.\d{0,300})?([eE][+-]?\d{1,4})?"
     if word == found:
         return True
-    if not (
-        re.fullmatch(number, word)
-        and re.fullmatch(number, found)
-        and re.search("[.eE]", word + found)
-    ):
-        return False
-    return Decimal(word) == Decimal(found)
+    numbers = NUMBER.fullmatch(word) and NUMBER.fullmatch(found)
+    return bool(numbers and re.search("[.eE]", word + found)) and Decimal(word) == Decimal(found)
 
 
 # ---------------------------------------- running the tests
@@ -1008,37 +910,37 @@ def judge(size, line, link):
     job = marshal.loads(read_exactly(caller, size))
     code = marshal.dumps(job["code"])
     remote = Remote(sock, job["methods"])
+
+    def say(found):
+        caller.sendall(message(found))
+
     try:
         sock.sendall(len(code).to_bytes(8, "little") + code)
         env = environment(job, remote)
         random.seed(job["seed"])  # the same tests, the same label; and U does not know the tests
         failure = remote.reply()[0]
         if failure is not None:
-            caller.sendall(message({"failure": failure}))
-            return
-        run_tests(
-            job["codes"], env, lambda: remote.over, lambda found: caller.sendall(message(found))
-        )
+            return say({"failure": failure})
+        run_tests(job["codes"], env, lambda: remote.over, say)
     except (Gone, OSError):
         pass
     if type(remote.over) is CannotSend:
-        caller.sendall(message({"one_process": str(remote.over)}))
+        say({"one_process": str(remote.over)})
     elif not remote.over:
-        caller.sendall(message({"asked": remote.number, "token": job["token"]}))
+        say({"asked": remote.number, "token": job["token"]})
 
 
 def run_together(size, line):
     """All of U where tests and candidate share it: here the token is no proof."""
     caller = socket.socket(fileno=line)
+    send = caller.sendall
     job = marshal.loads(read_exactly(caller, size))
     module = make_module(job["code"])
     failure = load(job["code"], module)
     if failure:
-        caller.sendall(message({"failure": failure}))
-        return
+        return send(message({"failure": failure}))
     module.run_case = run_case
     random.seed(job["seed"])
-    send = caller.sendall
     run_tests(job["codes"], module.__dict__, bool, lambda found: send(message(found)))
     sys.stdout.flush()
     send(message({"asked": 1, "token": job["token"]}))
@@ -1051,18 +953,12 @@ def run_program(size, line):
 
     caller = socket.socket(fileno=line)
     code = marshal.loads(read_exactly(caller, size))["code"]
-    module = make_module(code)
-    module.__name__ = "__main__"
     sys.argv[:] = ["solution.py"]
     failure, exit_code = None, 0
     try:
-        exec(compile(code, "solution.py", "exec", dont_inherit=True), module.__dict__)
-    except SystemExit as error:
-        exit_code = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
-    except BaseException as error:
-        syntax = isinstance(error, SyntaxError) and error.filename == "solution.py"
-        status = "syntax" if syntax else "memory" if isinstance(error, MemoryError) else "error"
-        failure, exit_code = [status, describe(error)], 1
+        failure = load(code, make_module(code, "__main__"))
+    except SystemExit as end:
+        exit_code = 0 if end.code is None else end.code if isinstance(end.code, int) else 1
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
