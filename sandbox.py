@@ -23,7 +23,6 @@ The three files stand alone: Linux 5.3, Python 3.11. docs/sandbox.md says what h
 
 import ast
 import atexit
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -31,15 +30,15 @@ import gzip
 import json
 import marshal
 import os
+import queue
 import re
-import selectors
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
-import time
+import threading
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -48,10 +47,11 @@ import judge
 import walls
 
 PATIENCE = 20  # seconds on top of four timeouts after which a worker that says nothing is replaced
+FAILURES = ("failed", "error", "timeout", "memory", "output", "syntax")
 
 
 class Result(NamedTuple):
-    status: str  # passed, or of the first test that did not: failed, error, timeout, memory, ...
+    status: str  # passed, or of the first test that did not: one of FAILURES
     passed: bool
     passed_tests: int  # counted on after a test that failed
     total_tests: int
@@ -61,21 +61,25 @@ class Result(NamedTuple):
     trust: str  # split: the tests ran in a process that never held the candidate; or in_process
 
 
+class Job(NamedTuple):
+    code: str
+    tests: (
+        list  # strings of statements, or {"input": ..., "output": ...} if the program reads stdin
+    )
+    setup: str = ""  # statements before the first test
+    entry_point: str | None = None  # what `check` is called with
+    timeout: float = 3.0  # CPU seconds, for each test of a program that reads stdin
+    memory_mb: int = 512  # address space
+    trust: str = "auto"  # split: refuse tests that cannot be split; in_process: split none
+
+
 # ---------------------------------------- running programs
 
 
 def run(code, tests, *, setup="", entry_point=None, timeout=3.0, memory_mb=512, trust="auto"):
-    """Run one program against its tests.
-
-    Args:
-        code: the program.
-        tests: strings of statements, or {"input": ..., "output": ...} if it reads stdin.
-        setup: statements before the first test. entry_point: what `check` is called with.
-        timeout: CPU seconds, for each test of a program that reads stdin. memory_mb: address space.
-        trust: "auto", "split" (refuse tests that cannot be split) or "in_process".
-    """
-    job = {"code": code, "tests": tests, "setup": setup, "entry_point": entry_point}
-    return run_many([job | {"timeout": timeout, "memory_mb": memory_mb, "trust": trust}], 1)[0]
+    """Run one program against its tests. The arguments are the fields of Job."""
+    job = Job(code, tests, setup, entry_point, timeout, memory_mb, trust)
+    return run_many([job._asdict()], 1)[0]
 
 
 def run_many(jobs, workers=None, on_result=None):
@@ -85,104 +89,74 @@ def run_many(jobs, workers=None, on_result=None):
     """
     if MISSING is None:
         look_for_holes()
-    tasks = [tasks_of(**job) for job in jobs]
-    results, todo, told = [None] * len(jobs), collections.deque(range(len(jobs))), 0
-    free = [
-        IDLE.pop() if IDLE else None for _ in range(min(len(jobs), workers or os.cpu_count() or 1))
-    ]
-    busy = selectors.DefaultSelector()
+    jobs = [checked(Job(**job)) for job in jobs]
+    todo, done, pool = enumerate(jobs), queue.SimpleQueue(), Pool()
 
-    def go_on(index, worker, outcome):
-        """Start the next task of a job on this worker, or note the job's result."""
+    def work():
         try:
-            task = tasks[index].send(outcome)
-        except StopIteration as end:
-            results[index] = end.value
-            free.append(worker)
-            return
-        worker = worker or Worker()
-        worker.begin(index, task)
-        busy.register(worker.control, selectors.EVENT_READ, worker)
+            for index, job in todo:
+                stdin = isinstance(job.tests[0] if job.tests else "", dict)
+                done.put((index, (run_program if stdin else run_statements)(job, pool)))
+        except BaseException as error:
+            done.put((None, error))
 
+    count = min(len(jobs), workers or os.cpu_count() or 1)
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+    results, told = [None] * len(jobs), 0
     try:
-        while todo or busy.get_map():
-            while todo and free:
-                go_on(todo.popleft(), free.pop(), None)
-            ready = {key.data for key, _ in busy.select(1)} if busy.get_map() else ()
-            for worker in [key.data for key in [*busy.get_map().values()]]:
-                if worker not in ready and time.monotonic() < worker.deadline:
-                    continue
-                busy.unregister(worker.control)
-                outcome = worker.outcome() if worker in ready else None
-                if outcome is None:  # the worker has died, which is not the job's doing: once more
-                    worker.end()
-                    outcome = Outcome("lost")
-                go_on(worker.index, None if outcome.reason == "lost" else worker, outcome)
+        for thread in threads:
+            thread.start()
+        for _ in jobs:
+            index, result = done.get()
+            if index is None:
+                raise result
+            results[index] = result
             while on_result and told < len(jobs) and results[told]:
                 on_result(told, results[told])
                 told += 1
         return results
     finally:
-        for key in [*busy.get_map().values()]:
-            key.data.end()
-        busy.close()
-        IDLE.extend(filter(None, free))
+        pool.stop()
+        for thread in threads:
+            thread.join(PATIENCE)
 
 
-def tasks_of(code, tests, setup="", entry_point=None, timeout=3.0, memory_mb=512, trust="auto"):
-    """A generator: yields a job's tasks, takes the Outcome of each, returns the Result."""
-    stdin = bool(tests) and isinstance(tests[0], dict)
-    texts = [code, setup, entry_point or ""]
-    texts += [test[name] for test in tests for name in ("input", "output")] if stdin else tests
-    if isinstance(tests, str) or not all(isinstance(text, str) for text in texts):
+def checked(job):
+    texts = [job.code, job.setup, job.entry_point or ""]
+    for test in job.tests:
+        texts += [test["input"], test["output"]] if isinstance(test, dict) else [test]
+    if isinstance(job.tests, str) or not all(isinstance(text, str) for text in texts):
         raise TypeError("code, setup, entry_point and each of the tests are strings")
-    if trust not in ("auto", "split", "in_process"):
-        raise ValueError(f"trust is auto, split or in_process, not {trust!r}")
-    if stdin:
-        return program_tasks(code, tests, float(timeout), int(memory_mb))
-    return statement_tasks(code, tests, setup, entry_point, float(timeout), int(memory_mb), trust)
+    if job.trust not in ("auto", "split", "in_process"):
+        raise ValueError(f"trust is auto, split or in_process, not {job.trust!r}")
+    return job
 
 
-def statement_tasks(code, tests, setup, entry_point, timeout, memory_mb, trust):
-    """One task, and a second one in one process where the judge cannot send a value."""
-    count = len(tests)
+def run_statements(job, pool):
+    """Run the tests beside the candidate if they need it, which J may be the first to find out."""
+    count = len(job.tests)
     try:
-        plan = judge.plan(setup, tuple(tests), entry_point)
-        if not tests:
+        plan = judge.plan(job.setup, tuple(job.tests), job.entry_point)
+        if not job.tests:
             raise ValueError("there are no tests")
-        code.encode()  # half a surrogate pair is no program
+        job.code.encode()  # half a surrogate pair is no program
     except Exception as error:
-        return Result(
-            "error",
-            False,
-            0,
-            count,
-            0.0,
-            "",
-            f"the tests do not compile or are refused: {error}",
-            "split",
-        )
-    why, lost = plan["why"], 0
-    seed = repr((setup, tests))
+        return refused(count, f"the tests do not compile or are refused: {error}")
+    why, seed = plan["why"], repr((job.setup, job.tests))
     while True:
-        together = trust == "in_process" or why and trust == "auto"
+        together = job.trust == "in_process" or bool(why) and job.trust == "auto"
         if why and not together:
-            why = f"the tests cannot be split: they {why}"
-            return Result("error", False, 0, count, 0.0, "", why, "split")
+            return refused(count, f"the tests cannot be split: they {why}")
         token = os.urandom(16).hex()
-        kind = "one process" if together else "split"
-        data = marshal.dumps(plan | {"code": code, "seed": seed, "token": token, "why": ""})
-        outcome = yield Task(kind, data, None, timeout, memory_mb)
-        if outcome.reason == "lost" and lost < 2:
-            lost += 1
-            continue
-        if outcome.last("one_process") and not together:
-            why = outcome.last("one_process")
-            continue
-        return result_of(outcome, count, token, "in_process" if together else "split")
+        data = plan | {"code": job.code, "seed": seed, "token": token}
+        outcome = pool.run("one process" if together else "split", data, job)
+        why = outcome.last("one_process")
+        if together or not why:
+            return result_of(outcome, count, token, "in_process" if together else "split")
 
 
-FAILURES = ("failed", "error", "timeout", "memory", "output", "syntax")
+def refused(count, why):
+    return Result("error", False, 0, count, 0.0, "", why, "split")
 
 
 def result_of(outcome, count, token, trust):
@@ -190,10 +164,7 @@ def result_of(outcome, count, token, trust):
     found = [said for said in outcome.said if not isinstance(said, dict)]
     first = next((said for said in found if said != 1), None)
     if failure := outcome.last("failure") or first:
-        status, error = (
-            failure if isinstance(failure, list) and len(failure) == 2 else ("error", "")
-        )
-        status, error = status if status in FAILURES else "error", str(error)
+        status, error = outcome.named(failure)
     elif outcome.reason != "ended" or outcome.last("token") != token or len(found) != count:
         status, error = outcome.failure()
     elif not outcome.last("asked"):
@@ -201,33 +172,24 @@ def result_of(outcome, count, token, trust):
     else:
         status, error = "passed", ""
     held = sum(said == 1 for said in found[:count])
-    if status == "passed":
-        return Result("passed", True, count, count, outcome.seconds, outcome.output, "", trust)
-    return Result(status, False, held, count, outcome.seconds, outcome.output, error, trust)
+    passed = status == "passed"
+    return Result(status, passed, held, count, outcome.seconds, outcome.output, error, trust)
 
 
-def program_tasks(code, tests, timeout, memory_mb):
-    """A task for each test. All together may take ten times the limit of one."""
+def run_program(job, pool):
+    """Run the program for each test. All together may take ten times the limit of one."""
     status, error, held, seconds, stdout = "passed", "", 0, 0.0, ""
-    for test in tests:
-        now = ("timeout", "the tests together took too long")
-        if seconds < 10 * timeout:
-            for _ in range(3):
-                task = Task(
-                    "program",
-                    marshal.dumps({"code": code}),
-                    test["input"].encode(),
-                    timeout,
-                    memory_mb,
-                )
-                outcome = yield task
-                if outcome.reason != "lost":
-                    break
+    for test in job.tests:
+        now = "timeout", "the tests together took too long"
+        if seconds < 10 * job.timeout:
+            with open(os.memfd_create("stdin"), "w+b") as stdin:
+                stdin.write(test["input"].encode())
+                outcome = pool.run("program", {"code": job.code}, job, stdin)
             seconds += outcome.seconds
             stdout = stdout or outcome.output[: walls.KEEP_OUTPUT]
             now = "passed", ""
             if failure := outcome.last("failure"):
-                now = failure if failure[0] in FAILURES else ("error", failure[1])
+                now = outcome.named(failure)
             elif outcome.reason != "ended" or outcome.exit_status:
                 now = outcome.failure()
             elif not judge.same_output(test["output"], outcome.output):
@@ -235,31 +197,33 @@ def program_tasks(code, tests, timeout, memory_mb):
         held += now[0] == "passed"
         if status == "passed":
             status, error = now
-    return Result(status, status == "passed", held, len(tests), seconds, stdout, error, "split")
+    passed = status == "passed"
+    return Result(status, passed, held, len(job.tests), seconds, stdout, error, "split")
 
 
 # ---------------------------------------- workers
 
 
-class Task(NamedTuple):
-    """What Z is asked to run: "split", "one process" or "program"."""
-
-    kind: str
-    data: bytes
-    stdin: bytes | None
-    timeout: float
-    memory_mb: int
-
-
+@dataclasses.dataclass
 class Outcome:
-    """What came of a task: what J (or U) said, line by line, and Z's report."""
+    """What came of a task: Z's report, and what J (or U) said, line by line."""
 
-    def __init__(self, reason, exit_status=0, judge_status=0, seconds=0.0, output="", said=()):
-        self.reason, self.exit_status, self.judge_status = reason, exit_status, judge_status
-        self.seconds, self.output, self.said = seconds, output, said
+    reason: str  # ended, timeout, output; lost
+    exit_status: int = 0  # of U
+    judge_status: int = 0
+    seconds: float = 0.0
+    output: str = ""
+    said: list = ()
 
     def last(self, key):
         return self.said[-1].get(key) if self.said and isinstance(self.said[-1], dict) else None
+
+    def named(self, failure):
+        """(status, error) as J or U gives it. U can write anything."""
+        if not isinstance(failure, list) or len(failure) != 2:
+            return "error", ""
+        status, error = failure
+        return status if status in FAILURES else "error", str(error)
 
     def failure(self):
         """(status, error) of a job that did not come to its end."""
@@ -277,6 +241,38 @@ class Outcome:
 
 MISSING = None  # walls that this machine does not have, found out once by trying
 IDLE = []  # workers at rest
+
+
+class Pool:
+    """The workers that one call of run_many uses."""
+
+    def __init__(self):
+        self.busy, self.stopped = set(), False
+
+    def run(self, kind, data, job, stdin=None):
+        """Run a task; if its worker dies, which is not the job's doing, on another one."""
+        for _ in range(3):
+            if self.stopped:
+                raise SystemExit
+            try:
+                worker = IDLE.pop()
+            except IndexError:
+                worker = Worker()
+            self.busy.add(worker)
+            outcome = worker.run(kind, marshal.dumps(data), stdin, job.timeout, job.memory_mb)
+            self.busy.remove(worker)
+            if outcome:
+                IDLE.append(worker)
+                return outcome
+            worker.end()
+        return Outcome("lost")
+
+    def stop(self):
+        """After an interrupt: no job goes on."""
+        self.stopped = True
+        for worker in list(self.busy):
+            with contextlib.suppress(OSError):
+                worker.control.shutdown(socket.SHUT_RDWR)
 
 
 # One arena: each thread would reserve 64 MB of address space for one of its own.
@@ -309,12 +305,10 @@ class Worker:
         self.core = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.cores = os.sched_getaffinity(0)
         for core in sorted(self.cores, key=lambda core: os.urandom(8)):
-            try:
+            with contextlib.suppress(OSError):
                 self.core.bind(f"\0sandbox.py on core {core}")
-            except OSError:
-                continue  # where all are taken, it runs where the kernel puts it
-            self.cores = {core}
-            return
+                self.cores = {core}
+                return  # where all are taken, it runs where the kernel puts it
 
     def spawn(self, namespaces):
         """Returns whether Z is ready."""
@@ -341,45 +335,29 @@ class Worker:
         self.layers = json.loads(line) if line else None
         return bool(line)
 
-    def begin(self, index, task):
-        """Hand a task to Z, with a socket of its own, which Z gives to J (or U) and never reads."""
-        self.index, self.deadline = index, time.monotonic() + 4 * task.timeout + PATIENCE
-        self.line, theirs = socket.socketpair()
-        fds = [theirs.fileno()]
-        if task.stdin is not None:
-            fds.append(os.memfd_create("stdin"))
-            with open(fds[1], "wb", closefd=False) as file:
-                file.write(task.stdin)
-            os.lseek(fds[1], 0, os.SEEK_SET)
-        head = [task.kind, task.timeout, task.memory_mb, len(task.data)]
-        try:
-            socket.send_fds(self.control, [json.dumps(head).encode()], fds)
-            theirs.close()
-            self.line.settimeout(PATIENCE)
-            self.line.sendall(task.data)
-        except OSError:
-            pass  # Z has died, or U before it took the job: seen in the outcome
-        finally:
-            theirs.close()
-            for fd in fds[1:]:
-                os.close(fd)
+    def run(self, kind, data, stdin, timeout, memory_mb):
+        """Hand a task to Z, with a socket of its own, which Z gives to J (or U) and never reads.
 
-    def outcome(self):
-        """The Outcome of the task; None when the worker has died."""
-        try:
-            report = json.loads(self.reports.readline())
-        except (OSError, ValueError):
-            return None
-        data = b""
-        self.line.setblocking(False)  # all has been said
-        with contextlib.suppress(OSError):
-            while part := self.line.recv(1 << 16):
-                data += part
-        self.line.close()
-        said = []
-        with contextlib.suppress(ValueError, RecursionError):  # U can write anything
-            said = [json.loads(line) for line in data.split(b"\n")[:-1]]
-        return Outcome(*report, said)
+        Returns: the Outcome, or None when the worker has died.
+        """
+        line, theirs = socket.socketpair()
+        with line, theirs:
+            fds = [theirs.fileno()]
+            if stdin:
+                stdin.seek(0)
+                fds.append(stdin.fileno())
+            head = json.dumps([kind, timeout, memory_mb, len(data)])
+            self.control.settimeout(4 * timeout + PATIENCE)
+            line.settimeout(PATIENCE)
+            try:
+                socket.send_fds(self.control, [head.encode()], fds)
+                theirs.close()
+                with contextlib.suppress(ConnectionError):  # U has died before it took the job
+                    line.sendall(data)
+                report = json.loads(self.reports.readline())
+            except (OSError, ValueError):
+                return None
+            return Outcome(*report, said_on(line))
 
     def end(self):
         """End the worker: Z sees that its caller has gone, and S that Z has."""
@@ -390,6 +368,19 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def said_on(line):
+    """All that has been said on a socket: a value for each line, nothing where one is no JSON."""
+    data = b""
+    line.setblocking(False)
+    with contextlib.suppress(OSError):
+        while part := line.recv(1 << 16):
+            data += part
+    try:
+        return [json.loads(text) for text in data.split(b"\n")[:-1]]
+    except (ValueError, RecursionError):
+        return []
 
 
 # A wall, and a program that gets to its end only where that wall is missing.
@@ -417,29 +408,18 @@ def look_for_holes():
     global MISSING
     MISSING = []
     os.register_at_fork(after_in_child=forget_workers)
-    with (
-        tempfile.TemporaryDirectory() as outside,
-        socket.create_server(("127.0.0.1", 0)) as listener,
-    ):
-        os.chmod(outside, 0o777)
-        with open(outside + "/secret", "w") as file:
-            os.chmod(file.fileno(), 0o666)
-        host = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    host = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    listener = socket.create_server(("127.0.0.1", 0))
+    with tempfile.TemporaryDirectory() as outside, host, listener:
+        Path(outside, "secret").touch()
         host.bind(outside + "/socket")
-        os.chmod(outside + "/socket", 0o777)
-        port = listener.getsockname()[1]
-        known = f"import os\noutside, port, caller = {outside!r}, {port}, {os.getpid()}\n"
-        known += "path = outside + '/socket'\ndef probe():\n"
-        jobs = [
-            {
-                "code": known + textwrap.indent(probe, "    "),
-                "tests": ["probe()"],
-                "entry_point": "probe",
-            }
-            for probe in PROBES.values()
-        ]
+        for path in (outside, outside + "/secret", outside + "/socket"):
+            os.chmod(path, 0o777)
+        known = f"import os\noutside, port = {outside!r}, {listener.getsockname()[1]}\n"
+        known += f"path, caller = {outside + '/socket'!r}, {os.getpid()}\ndef probe():\n"
+        codes = [known + textwrap.indent(probe, "    ") for probe in PROBES.values()]
+        jobs = [{"code": code, "tests": ["probe()"], "entry_point": "probe"} for code in codes]
         results = run_many(jobs, 1)
-        host.close()
     MISSING = [name for name, result in zip(PROBES, results) if result.passed]
     if not IDLE or not IDLE[0].layers["namespaces"]:
         MISSING.append("namespaces")
@@ -464,7 +444,9 @@ def close():
 
 # ---------------------------------------- from a response to a program
 
-FENCE = re.compile(r"^(?P<before>.*?)(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)[ \t]*$")
+FENCE = re.compile(
+    r"^(?P<before>.*?)(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)[ \t]*$", re.M
+)
 PYTHON = ("", "python", "python3", "py", "py3")
 
 
@@ -477,57 +459,39 @@ def program(problem, response):
     prefix, entry_point = problem.get("prefix") or "", problem.get("entry_point")
     name = judge.first_name(entry_point)
     text = response.rpartition("</think>")[2].replace("\ufeff", "")
-    whole = assemble(prefix, text, name)
-    if whole and defines(whole, name):  # code and nothing else
+    if whole := assemble(prefix, text, name):  # code and nothing else
         return whole
-    blocks = [
-        code for language, code in code_blocks(text) if language.lower() in PYTHON and code.strip()
-    ]
-    candidates = [(assemble(prefix, code, name), code) for code in blocks]
-    right = [(whole, code) for whole, code in candidates if whole and defines(whole, name)]
+    blocks = [code for language, code in code_blocks(text) if language.lower() in PYTHON]
+    blocks = [code for code in blocks if code.strip()]
+    right = [(whole, code) for code in blocks if (whole := assemble(prefix, code, name))]
     if right:
         # A block that defines the entry point itself comes before one that could be its body.
         whole, code = next((pair for pair in reversed(right) if defines(pair[1], name)), right[0])
         return with_helpers(whole, [block for block in blocks if block is not code])
-    if blocks:
-        code = next((block for block in reversed(blocks) if looks_defined(block, name)), blocks[0])
-    else:
-        code = text
-    return longest_program(prefix, code, name) or join(prefix, code, name)
+    likely = [block for block in reversed(blocks) if looks_defined(block, name)] + blocks[:1]
+    likely = [*likely[:1], FENCE.sub(r"\g<before>\n", text)]  # a fence may only end the code
+    found = [whole for code in likely if (whole := longest_program(prefix, code, name))]
+    return found[0] if found else join(prefix, likely[0], name)
 
 
 def code_blocks(text):
     """(language, code) of each fenced block of a response.
 
     A block ends at the first closing fence up to which it is Python, since a docstring may hold
-    fences, or else at the first. A single fence with code before it is the end of that code.
+    fences, or else at the first.
     """
     lines, blocks, at = text.splitlines(), [], 0
     fences = [number for number, line in enumerate(lines) if FENCE.match(line)]
-    if len(fences) == 1:
-        found = FENCE.match(lines[fences[0]])
-        before = "\n".join([*lines[: fences[0]], found["before"]])
-        if (
-            not found["language"]
-            and before.strip()
-            and (found["before"].strip() or not parses("\n".join(lines[fences[0] + 1 :])))
-        ):
-            return [("", before + "\n")]
     while at < len(lines):
         opening = FENCE.match(lines[at])
         at += 1
         if not opening:
             continue
         ends = [n for n in fences if n >= at and closes(lines[n], opening["mark"])][:20]
-        language = opening["language"]
-        bodies = [block_body(lines, at, end, opening) for end in ends]
+        bodies = [block_body(lines, at, end, opening["before"]) for end in ends or [len(lines)]]
         chosen = next((i for i, body in enumerate(bodies) if body.strip() and parses(body)), 0)
-        if ends:
-            blocks.append((language, bodies[chosen]))
-            at = ends[chosen] + 1
-        else:
-            blocks.append((language, block_body(lines, at, len(lines), opening)))
-            break
+        blocks.append((opening["language"], bodies[chosen]))
+        at = ends[chosen] + 1 if ends else len(lines)
     return blocks
 
 
@@ -536,19 +500,12 @@ def closes(line, mark):
     return found["mark"][0] == mark[0] and len(found["mark"]) >= len(mark) and not found["language"]
 
 
-def block_body(lines, start, end, opening):
+def block_body(lines, start, end, before):
     """The lines of a block without the indent of its fence; the last may hold the end fence."""
     body = lines[start:end]
     if end < len(lines) and (last := FENCE.match(lines[end])["before"]).strip():
         body.append(last)
-    before = opening["before"]
-    indent = (
-        len(before) - len(before.lstrip(" \t"))
-        if not before.strip()
-        else len(before)
-        if re.fullmatch(r"[ \t]*([-*+]|\d+[.)])[ \t]+", before)
-        else 0
-    )
+    indent = len(before) if re.fullmatch(r"[ \t]*([-*+]|\d+[.)])?[ \t]*", before) else 0
     body = [line[min(indent, len(line) - len(line.lstrip(" \t"))) :] for line in body]
     return "\n".join(body) + "\n"
 
@@ -626,7 +583,6 @@ def forms(prefix, code, name):
     if looks_defined(code, name) or not prefix:
         yield start + code
     yield prefix + code  # its body
-    yield prefix.rstrip(" \t") + code  # its body, with the indent that the prefix has already begun
     yield start + code
     indents = {len(line) - len(line.lstrip(" ")) for line in rest.splitlines() if line.strip()}
     for indent in {max(indents, default=0) + 4: 0, 4: 0}:
@@ -634,9 +590,9 @@ def forms(prefix, code, name):
 
 
 def assemble(prefix, code, name):
-    """The first form of prefix and code that defines the entry point, or at least parses."""
-    found = [form for form in map(hoist, forms(prefix, code, name)) if parse(form) is not None]
-    return next((form for form in found if defines(form, name)), found[0] if found else None)
+    """The first form of prefix and code that defines the entry point, or None."""
+    found = map(hoist, forms(prefix, code, name))
+    return next((form for form in found if defines(form, name)), None)
 
 
 def hoist(code):
@@ -671,8 +627,7 @@ def longest_program(prefix, code, name):
         end = len(lines)
         for _ in range(20):  # up to the first line that is no Python, as the parser sees it
             part = "\n".join(lines[start:end]) + "\n"
-            whole = assemble(prefix, part, name)
-            if whole and defines(whole, name):
+            if whole := assemble(prefix, part, name):
                 return whole
             before = complete_part(prefix) if looks_defined(part, name) else prefix
             end = min(end - 1, start + error_line(before + part) - 1 - before.count("\n"))

@@ -750,8 +750,8 @@ GUARDS = {
         dict(timeout=10.0, memory_mb=2048),
     ),  # MBPP/139
     "random inputs that nobody can foretell": (
-        "seed = repr((setup, tests))",
-        "seed = 0",
+        "repr((job.setup, job.tests))",
+        "0",
         "import random\nR = random.Random(0)\ndef f(code): return R.randint(1, 10**6)",
         [
             "import random\nfor _ in range(5):\n    n = random.randint(1, 10**6)\n    assert f(n * n % 1000003) == n"

@@ -564,7 +564,9 @@ def test_cli_stopped_by_ctrl_c_keeps_what_it_has(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    time.sleep(2)
+    out = tmp_path / "o.jsonl"
+    while process.poll() is None and not (out.exists() and out.read_text().count("\n") > 5):
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
     process.wait(5)
