@@ -26,12 +26,11 @@ import functools
 import json
 import marshal
 import operator
-import random
 import re
-import socket
 import sys
 import warnings
 from decimal import Decimal
+from os import read, write
 from types import SimpleNamespace
 
 MAX_MESSAGE = 16 << 20  # bytes of one message between J and U
@@ -182,33 +181,58 @@ def wide_numpy(numpy, name, parts):
     return x.astype(wide) if x.shape or name == "ndarray" else wide(x)
 
 
-encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+# The C functions below json.dumps and json.loads: a new process runs as little Python as it can,
+# since each page that it touches first is copied.
+quote = json.encoder.encode_basestring
+encode = json.encoder.c_make_encoder(None, None, quote, None, ":", ",", False, False, True)
+scan = json.JSONDecoder().scan_once
 
 
 def message(data):
-    line = encode(data).encode("utf-8", "surrogatepass") + b"\n"
+    line = "".join([*encode(data, 0), "\n"]).encode("utf-8", "surrogatepass")
     if len(line) > MAX_MESSAGE:
         raise OverflowError(f"a message of {len(line)} bytes is too large")
     return line
 
 
-def receive(stream):
-    """The next message; EOFError when the other side has gone or talks nonsense."""
-    line = stream.readline(MAX_MESSAGE)
-    try:
-        return json.loads(line if line.endswith(b"\n") else b"")
-    except (ValueError, RecursionError):
-        raise EOFError from None
+class Line:
+    """One end of a socket. It ends with its process."""
 
+    def __init__(self, fd):
+        self.fd, self.data = fd, bytearray()
 
-def read_exactly(sock, size):
-    data = bytearray()
-    while len(data) < size:
-        part = sock.recv(size - len(data), socket.MSG_WAITALL)
+    def send(self, data):
+        while data:
+            data = data[write(self.fd, data) :]
+
+    def fill(self):
+        part = read(self.fd, 1 << 16)
         if not part:
             raise EOFError
-        data += part
-    return data
+        self.data += part
+
+    def take(self, size):
+        """The next `size` bytes; EOFError when the other side has gone."""
+        while len(self.data) < size:
+            self.fill()
+        data = self.data[:size]
+        del self.data[:size]
+        return data
+
+    def receive(self):
+        """The next message; EOFError also when the other side talks nonsense."""
+        end, seen = -1, 0
+        while end < 0:
+            end = self.data.find(b"\n", seen)
+            seen = len(self.data)
+            if end < 0:
+                self.fill()
+            if seen > MAX_MESSAGE:
+                raise EOFError
+        try:
+            return scan(self.take(end + 1).decode("utf-8", "surrogatepass"), 0)[0]
+        except (ValueError, RecursionError, StopIteration):
+            raise EOFError from None
 
 
 # ---------------------------------------- U: runs the candidate and answers J
@@ -270,15 +294,15 @@ ACTIONS |= {
 
 def answer(size, line):
     """All of U: take the code from J, run it, then answer requests until J hangs up."""
-    sock = socket.socket(fileno=line)
-    code = marshal.loads(read_exactly(sock, int.from_bytes(read_exactly(sock, 8), "little")))
+    judge = Line(line)
+    code = marshal.loads(judge.take(int.from_bytes(judge.take(8), "little")))
     module = make_module(code)
     flush = sys.stdout.flush
     failure = load(code, module)
     flush()
-    sock.sendall(message([0, failure]))
+    judge.send(message([0, failure]))
     if not failure:
-        Answers(module).serve(sock, flush)
+        Answers(module).serve(judge, flush)
 
 
 class Answers:
@@ -302,16 +326,15 @@ class Answers:
         self.objects[key] = x
         return {"h": key}
 
-    def serve(self, sock, flush):
-        stream = sock.makefile("rb", 1 << 16)
+    def serve(self, judge, flush):
         while True:
-            number, action, args, kwargs = receive(stream)
+            number, action, args, kwargs = judge.receive()
             try:
                 reply = message([number, "value", *self.act(action, args, kwargs)])
             except BaseException as error:
                 reply = self.error(number, error)
             flush()
-            sock.sendall(reply)
+            judge.send(reply)
 
     def act(self, action, args, kwargs):
         """The value, and the arguments where the candidate has changed them in place."""
@@ -350,9 +373,8 @@ CHANGES = {"call", "method", "setattr", "setitem", "delitem", *COMPUTE.split()}
 class Remote:
     """J's end of U: sends requests and takes the replies."""
 
-    def __init__(self, sock, methods=()):
-        self.sock, self.methods = sock, methods
-        self.stream = sock.makefile("rb", 1 << 16)
+    def __init__(self, line, methods=()):
+        self.line, self.methods = line, methods
         self.number = 0  # of the last request
         self.over = None  # Gone or CannotSend: kept, since an `except:` of the tests may hide it
         self.lengths = {}  # of objects, since one of them was last asked to do something
@@ -364,7 +386,7 @@ class Remote:
     def reply(self):
         while True:
             try:
-                reply = receive(self.stream)
+                reply = self.line.receive()
             except (EOFError, OSError):
                 self.stop(Gone())
             if type(reply) is list and len(reply) > 1 and reply[0] == self.number:
@@ -398,7 +420,7 @@ class Remote:
         self.number += 1
         request = message([self.number, action, *sent])
         try:
-            self.sock.sendall(request)
+            self.line.send(request)
         except OSError:
             self.stop(Gone())
         kind, *parts = self.reply()
@@ -669,11 +691,13 @@ def plan(setup, tests, entry_point):
     if not names and "solution" not in why:
         raise ValueError("the tests ask nothing of the candidate")
     return {
-        "codes": codes,
+        "codes": marshal.dumps(codes),
+        "seed": repr((setup, tests)),
         "names": sorted(names),
         "called": sorted(names & (called | passed & {entry})),
         "library": sorted((n, LIBRARY.get(n) or {"np": "numpy"}.get(n, n)) for n in library),
         "methods": {node.attr for node in attributes} - read,  # only ever called
+        "random": any("random" in source for source in (setup, *tests)),
         "why": why,
     }
 
@@ -882,7 +906,7 @@ def run_tests(
 
     The same loop in J and in U. Our tools are arguments: a candidate in U can replace builtins.
     """
-    setup, *tests = codes
+    setup, *tests = marshal.loads(codes)
     said_first = False
     for number, test in enumerate(tests):
         found = None
@@ -900,24 +924,32 @@ def run_tests(
         said_first = said_first or bool(found)
 
 
+def seed_random(job):
+    """The same tests, the same label; and the candidate does not know the tests."""
+    if job["random"]:
+        import random
+
+        random.seed(job["seed"])
+
+
 def judge(size, line, link):
     """All of J: take the job from the caller, hand the code on to U, run the tests.
 
     It says a line for each test: 1, [status, error] of the first that fails, 0 of others.
     Then the number of requests, and the token that shows that all has been said.
     """
-    caller, sock = socket.socket(fileno=line), socket.socket(fileno=link)
-    job = marshal.loads(read_exactly(caller, size))
+    caller, candidate = Line(line), Line(link)
+    job = marshal.loads(caller.take(size))
     code = marshal.dumps(job["code"])
-    remote = Remote(sock, job["methods"])
+    remote = Remote(candidate, job["methods"])
 
     def say(found):
-        caller.sendall(message(found))
+        caller.send(message(found))
 
     try:
-        sock.sendall(len(code).to_bytes(8, "little") + code)
+        candidate.send(len(code).to_bytes(8, "little") + code)
         env = environment(job, remote)
-        random.seed(job["seed"])  # the same tests, the same label; and U does not know the tests
+        seed_random(job)
         failure = remote.reply()[0]
         if failure is not None:
             return say({"failure": failure})
@@ -932,15 +964,15 @@ def judge(size, line, link):
 
 def run_together(size, line):
     """All of U where tests and candidate share it: here the token is no proof."""
-    caller = socket.socket(fileno=line)
-    send = caller.sendall
-    job = marshal.loads(read_exactly(caller, size))
+    caller = Line(line)
+    send = caller.send
+    job = marshal.loads(caller.take(size))
     module = make_module(job["code"])
     failure = load(job["code"], module)
     if failure:
         return send(message({"failure": failure}))
     module.run_case = run_case
-    random.seed(job["seed"])
+    seed_random(job)
     run_tests(job["codes"], module.__dict__, bool, lambda found: send(message(found)))
     sys.stdout.flush()
     send(message({"asked": 1, "token": job["token"]}))
@@ -951,8 +983,8 @@ def run_program(size, line):
     import atexit
     import threading
 
-    caller = socket.socket(fileno=line)
-    code = marshal.loads(read_exactly(caller, size))["code"]
+    caller = Line(line)
+    code = marshal.loads(caller.take(size))["code"]
     sys.argv[:] = ["solution.py"]
     failure, exit_code = None, 0
     try:
@@ -963,5 +995,5 @@ def run_program(size, line):
     atexit._run_exitfuncs()
     sys.stdout.flush()
     if failure:
-        caller.sendall(message({"failure": failure}))
+        caller.send(message({"failure": failure}))
     return exit_code & 255

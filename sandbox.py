@@ -142,13 +142,13 @@ def run_statements(job, pool):
         job.code.encode()  # half a surrogate pair is no program
     except Exception as error:
         return refused(count, f"the tests do not compile or are refused: {error}")
-    why, seed = plan["why"], repr((job.setup, job.tests))
+    why = plan["why"]
     while True:
         together = job.trust == "in_process" or bool(why) and job.trust == "auto"
         if why and not together:
             return refused(count, f"the tests cannot be split: they {why}")
         token = os.urandom(16).hex()
-        data = plan | {"code": job.code, "seed": seed, "token": token}
+        data = plan | {"code": job.code, "token": token}
         outcome = pool.run("one process" if together else "split", data, job)
         why = outcome.last("one_process")
         if together or not why:
@@ -336,22 +336,24 @@ class Worker:
         return bool(line)
 
     def run(self, kind, data, stdin, timeout, memory_mb):
-        """Hand a task to Z, with a socket of its own, which Z gives to J (or U) and never reads.
+        """Hand a task to Z, with sockets that Z gives to J and U and never reads.
 
         Returns: the Outcome, or None when the worker has died.
         """
         line, theirs = socket.socketpair()
-        with line, theirs:
-            fds = [theirs.fileno()]
+        link = socket.socketpair() if kind == "split" else ()
+        self.control.settimeout(4 * timeout + PATIENCE)
+        line.settimeout(PATIENCE)
+        with line:
+            fds = [theirs.fileno(), *[end.fileno() for end in link]]
             if stdin:
                 stdin.seek(0)
                 fds.append(stdin.fileno())
-            head = json.dumps([kind, timeout, memory_mb, len(data)])
-            self.control.settimeout(4 * timeout + PATIENCE)
-            line.settimeout(PATIENCE)
+            head = marshal.dumps([kind, timeout, memory_mb, len(data)])
             try:
-                socket.send_fds(self.control, [head.encode()], fds)
-                theirs.close()
+                socket.send_fds(self.control, [head], fds)
+                for end in (theirs, *link):
+                    end.close()
                 with contextlib.suppress(ConnectionError):  # U has died before it took the job
                     line.sendall(data)
                 report = json.loads(self.reports.readline())

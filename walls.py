@@ -19,6 +19,7 @@ import ctypes
 import gc
 import heapq  # noqa: F401
 import json
+import marshal
 import math  # noqa: F401
 import os
 import resource
@@ -403,52 +404,56 @@ def serve_jobs(control, keeper, paths, scratch, namespaces):
         data, fds, _, _ = socket.recv_fds(control, 4096, 4)
         if not data:
             return
-        job = Job(*json.loads(data), fds, layers, rules, scratch)
-        report = job.run(control)
-        for fd in fds:
-            os.close(fd)
+        job = Job(*marshal.loads(data), fds, layers, rules, scratch)
+        report = judge.message(job.run(control.fileno()))
         if scratch_state(scratch) != empty:
             keeper.sendall(b"?")
             keeper.recv(1)
             empty = scratch_state(scratch)
-        control.sendall(json.dumps(report).encode() + b"\n")
+        control.sendall(report)
 
 
 def scratch_state(scratch):
     """Changes with everything that a program could leave in the scratch for the next one to see."""
-    with contextlib.suppress(OSError):
-        places = [os.stat(place) for place in (scratch, os.path.dirname(scratch))]
-        return os.listdir(scratch), [(p.st_mode, p.st_mtime_ns, p.st_ctime_ns) for p in places]
+    try:
+        inside, beside = os.stat(scratch), os.stat(os.path.dirname(scratch))
+        return os.listdir(scratch), inside.st_mode, inside.st_ctime_ns, beside.st_ctime_ns
+    except OSError:
+        return None
 
 
 class Job:
-    """One job in Z: its processes, from the fork to their end."""
+    """One job in Z: its processes, from the fork to their end.
+
+    Z runs as little as it can for a job: after a fork, each page that it writes to is copied.
+    """
 
     def __init__(self, kind, cpu, memory_mb, size, fds, layers, rules, scratch):
-        self.kind, self.cpu, self.memory_mb, self.size = kind, cpu, memory_mb, size
-        self.line, self.stdin = fds if len(fds) > 1 else (*fds, None)  # to the caller; the input
+        self.kind, self.cpu, self.memory_mb, self.size, self.fds = kind, cpu, memory_mb, size, fds
         self.layers, self.rules, self.scratch = layers, rules, scratch
 
     def run(self, caller):
         """Returns [reason, exit statuses of U and J, CPU seconds of U and its children, output]."""
         # New for each job: a program may change its flags.
-        self.output, self.output_write = os.pipe()
-        self.judge, link = None, None
+        output, self.output = os.pipe()
+        self.stdin, self.judge = None, None
         if self.kind == "split":
-            link, theirs = socket.socketpair()
-            self.candidate = self.fork(judge.answer, theirs.fileno())
-            self.judge = self.fork(judge.judge, self.line, link.fileno())
-            theirs.close()
+            line, link, theirs = self.fds
+            self.candidate = self.fork(judge.answer, theirs)
+            self.judge = self.fork(judge.judge, line, link)
         elif self.kind == "one process":
-            self.candidate = self.fork(judge.run_together, self.line)
+            self.candidate = self.fork(judge.run_together, *self.fds)
         else:
-            self.candidate = self.fork(judge.run_program, self.line)
-        os.close(self.output_write)
-        reason, text = self.watch(caller, link)
+            line, self.stdin = self.fds
+            self.candidate = self.fork(judge.run_program, line)
+        for fd in (self.output, *self.fds):
+            os.close(fd)
+        text = bytearray()
+        reason = self.watch(caller, output, text)
         status, judge_status, seconds = self.end()
-        while (data := os.read(self.output, 1 << 16)) and len(text) < self.kept():
-            text.extend(data)  # nobody is left who could write
-        os.close(self.output)
+        while (data := os.read(output, 1 << 16)) and len(text) < self.kept():
+            text += data  # nobody is left who could write
+        os.close(output)
         if reason == "ended" and (seconds > self.cpu or status == signal.SIGXCPU):
             reason = "timeout"  # by its children, too
         text = text[: self.kept()].decode("utf-8", "replace")
@@ -467,8 +472,8 @@ class Job:
             null = os.open("/dev/null", os.O_RDWR)
             is_judge = action is judge.judge
             os.dup2(null if self.stdin is None else self.stdin, 0)
-            os.dup2(null if is_judge else self.output_write, 1)
-            os.dup2(null if is_judge or self.kind == "program" else self.output_write, 2)
+            os.dup2(null if is_judge else self.output, 1)
+            os.dup2(null if is_judge or self.kind == "program" else self.output, 2)
             if not self.layers["namespaces"]:
                 if self.rules:
                     libc(LANDLOCK_RESTRICT, self.rules, 0)  # a domain of its own: no signal to Z
@@ -492,69 +497,69 @@ class Job:
             sys.excepthook(*sys.exc_info())
             os._exit(1)
 
-    def watch(self, caller, link):
-        """Wait for the end of J or U, or for a limit. Returns the reason and the output so far.
+    def watch(self, caller, output, text):
+        """Wait for the end of J or U, or for a limit. Returns the reason; collects the output.
 
         The limit is CPU time: wall time counts the neighbours. For a program that sleeps there is
         a wide limit on wall time.
         """
-        start, text, total, reason = time.monotonic(), bytearray(), 0, None
+        start, total, reason, left = time.monotonic(), 0, None, self.cpu
         clock = (~self.candidate << 3) | 2  # the kernel's number for the CPU clock of this process
-        poll, pidfds = (
-            select.poll(),
-            [os.pidfd_open(pid) for pid in (self.candidate, self.judge) if pid],
-        )
+        pidfds = [os.pidfd_open(pid) for pid in (self.candidate, self.judge) if pid]
+        poll = select.poll()
         poll.register(caller, select.POLLRDHUP)
-        poll.register(self.output, select.POLLIN)
-        for pidfd in pidfds:
-            poll.register(pidfd, select.POLLIN)
-        left = self.cpu
+        for fd in (output, *pidfds):
+            poll.register(fd, select.POLLIN)
         while not reason:
-            ready = [fd for fd, _ in poll.poll(max(left, 0.001) * 1000)]
-            if caller.fileno() in ready:
+            ready = {fd for fd, _ in poll.poll(max(left, 0.001) * 1000)}
+            if caller in ready:
                 reason = "orphan"
-            elif pidfds[0] in ready or pidfds[-1] in ready:
+            elif not ready.isdisjoint(pidfds):
                 reason = "ended"
-            elif self.output in ready:
-                data = os.read(self.output, 1 << 16)
+            elif output in ready:
+                data = os.read(output, 1 << 16)
                 total += len(data)
-                text.extend(data if len(text) < self.kept() else b"")
+                text += data if len(text) < self.kept() else b""
                 if not data:
-                    poll.unregister(self.output)  # all have closed their stdout
+                    poll.unregister(output)  # all have closed their stdout
                 if total > MAX_OUTPUT:
                     reason = "output"
             if not reason:
-                left = min(
-                    self.cpu - time.clock_gettime(clock),
-                    start + 3 * self.cpu + 2 - time.monotonic(),
-                )
+                wall = start + 3 * self.cpu + 2 - time.monotonic()
+                left = min(self.cpu - time.clock_gettime(clock), wall)
                 reason = "timeout" if left <= 0 else None
-        if link:  # J may still say how far it has come
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-            link.close()
-            patience = select.poll()
-            patience.register(pidfds[1], select.POLLIN)
-            patience.poll(1000)
+        if self.judge and reason == "ended" and pidfds[1] not in ready:
+            self.wait_for_judge(pidfds[1])
         for pidfd in pidfds:
             os.close(pidfd)
-        return reason, text
+        return reason
+
+    def wait_for_judge(self, pidfd):
+        """U has ended, but J may still say how far it has come."""
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll(1000)
 
     def end(self):
         """Kill all, until nobody is left. Returns both exit statuses, CPU time of all but J."""
-        statuses, seconds = {}, 0.0
+        status, judge_status, seconds = 0, 0, 0.0
         while True:
-            with contextlib.suppress(OSError):
-                if self.layers["namespaces"]:
-                    os.kill(-1, signal.SIGKILL)
-                else:
-                    for pid in filter(None, (self.judge, self.candidate)):
-                        with contextlib.suppress(OSError):
-                            os.killpg(pid, signal.SIGKILL)
             try:
+                self.kill()
                 pid, how, usage = os.wait4(-1, 0)
-            except ChildProcessError:
-                return statuses.get(self.candidate, 0), statuses.get(self.judge, 0), seconds
-            statuses[pid] = how
-            if pid != self.judge:
-                seconds += usage.ru_utime + usage.ru_stime
+            except (ProcessLookupError, ChildProcessError):
+                return status, judge_status, seconds
+            if pid == self.judge:
+                judge_status = how
+                continue
+            seconds += usage.ru_utime + usage.ru_stime
+            if pid == self.candidate:
+                status = how
+
+    def kill(self):
+        if self.layers["namespaces"]:
+            os.kill(-1, signal.SIGKILL)
+            return
+        for pid in filter(None, (self.judge, self.candidate)):
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)

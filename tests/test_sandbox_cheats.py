@@ -750,7 +750,7 @@ GUARDS = {
         dict(timeout=10.0, memory_mb=2048),
     ),  # MBPP/139
     "random inputs that nobody can foretell": (
-        "repr((job.setup, job.tests))",
+        "repr((setup, tests))",
         "0",
         "import random\nR = random.Random(0)\ndef f(code): return R.randint(1, 10**6)",
         [
