@@ -722,21 +722,16 @@ def _lines(path):
                 fail(f"{path}, line {number}: not UTF-8 ({error}); save the file as UTF-8")
 
 
+TEXT = (str, type(None))
+TESTED = {"prefix": TEXT, "setup": TEXT, "entry_point": TEXT, "tests": list}
+
+
 def read_problems(path):
     """Problems to test programs with: every field filled, unique ids, tests that can be run.
 
     A test is a string of statements, or {"input": ..., "output": ...} if a program reads stdin.
     """
-    text = (str, type(None))
-    fields = {
-        "task_id": str,
-        "prompt": str,
-        "prefix": text,
-        "setup": text,
-        "entry_point": text,
-        "tests": list,
-    }
-    problems = read_jsonl(path, fields, unique=["task_id"])
+    problems = read_jsonl(path, {"task_id": str, "prompt": str} | TESTED, unique=["task_id"])
     for problem in problems:
         check_tests(problem, path)
     return problems
@@ -905,17 +900,10 @@ VERDICT = ("actual_score", "passed_tests", "total_tests", "status", "trust")
 
 def score_file(args):
     """Append each sample with its verdict to the output, behind those of an earlier run."""
-    text = (str, type(None))
-    fields = {
-        "task_id": (str, int),
-        "prefix": text,
-        "setup": text,
-        "entry_point": text,
-        "tests": list,
-    }
-    problems = {p["task_id"]: p for p in read_jsonl(args.problems, fields, unique=["task_id"])}
-    for problem in problems.values():
+    problems = read_jsonl(args.problems, {"task_id": (str, int)} | TESTED, unique=["task_id"])
+    for problem in problems:
         check_tests(problem, args.problems)
+    problems = {problem["task_id"]: problem for problem in problems}
     samples = read_jsonl(args.samples, {"task_id": (str, int), "response": str})
     for number, sample in enumerate(samples, 1):
         if sample["task_id"] not in problems:
@@ -967,22 +955,15 @@ def main():
     import argparse
 
     parser = argparse.ArgumentParser(description="Score samples by the tests of their problems.")
-    parser.add_argument("problems", metavar="PROBLEMS.jsonl")
-    parser.add_argument("samples", metavar="SAMPLES.jsonl")
-    parser.add_argument(
-        "-o", "--output", metavar="OUT.jsonl", required=True, help="an interrupted run goes on"
-    )
-    parser.add_argument(
-        "--workers", type=int, help="programs at a time; default: the number of cores"
-    )
-    parser.add_argument("--timeout", type=float, default=3.0, help="CPU seconds per program")
-    parser.add_argument("--memory_mb", type=int, default=512, help="address space of a program")
-    parser.add_argument(
-        "--trust",
-        choices=["auto", "split", "in_process"],
-        default="auto",
-        help="split: refuse the others",
-    )
+    add = parser.add_argument
+    add("problems", metavar="PROBLEMS.jsonl")
+    add("samples", metavar="SAMPLES.jsonl")
+    add("-o", "--output", metavar="OUT.jsonl", required=True, help="an interrupted run goes on")
+    add("--workers", type=int, help="programs at a time; default: the number of cores")
+    add("--timeout", type=float, default=3.0, help="CPU seconds per program")
+    add("--memory_mb", type=int, default=512, help="address space of a program")
+    trusts = ["auto", "split", "in_process"]
+    add("--trust", choices=trusts, default="auto", help="split: refuse the others")
     args = parser.parse_args()
     if os.path.realpath(args.output) in map(os.path.realpath, (args.problems, args.samples)):
         fail(f"{args.output} is one of the inputs; name another file")

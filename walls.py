@@ -17,6 +17,7 @@ import contextlib
 import copy  # noqa: F401 (like heapq and typing: Z holds what many programs import)
 import ctypes
 import gc
+import glob
 import heapq  # noqa: F401
 import json
 import marshal
@@ -58,8 +59,9 @@ CALLS = """socket 41 198, connect 42 203, bind 49 200, ptrace 101 117, process_v
     sched_setparam 142 118, sched_setscheduler 144 119, sched_setattr 314 274,
     sched_setaffinity 203 122"""
 # Without namespaces also: to leave the process group, and what Landlock does not know, or only in
-# later versions: mode, owner, attributes and times of files, and their size by path.
-CALLS_ON_FILES = """setpgid 109 154, setsid 112 157, fchmod 91 52, fchmodat 268 53,
+# later versions: mode, owner, attributes and times of files, and their size by path. Not on ARM: -
+CALLS_ON_FILES = """chmod 90 -, chown 92 -, lchown 94 -, utime 132 -, utimes 235 -, futimesat 261 -,
+    setpgid 109 154, setsid 112 157, fchmod 91 52, fchmodat 268 53,
     fchmodat2 452 452, fchown 93 55, fchownat 260 54, setxattr 188 5, lsetxattr 189 6,
     fsetxattr 190 7, truncate 76 45,
     removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, setxattrat 463 463,
@@ -67,26 +69,15 @@ CALLS_ON_FILES = """setpgid 109 154, setsid 112 157, fchmod 91 52, fchmodat 268 
 
 
 def numbers(calls):
-    rows = (row.split() for row in calls.split(","))
-    return {name: int(arm if ARM else x86) for name, x86, arm in rows}
+    rows = [row.split() for row in calls.split(",")]
+    found = {name: arm if ARM else x86 for name, x86, arm in rows}
+    return {name: int(number) for name, number in found.items() if number != "-"}
 
 
 REFUSED, REFUSED_ON_FILES = numbers(CALLS), numbers(CALLS_ON_FILES)
-if not ARM:
-    OLD = (
-        ("chmod", 90),
-        ("chown", 92),
-        ("lchown", 94),
-        ("utime", 132),
-        ("utimes", 235),
-        ("futimesat", 261),
-    )
-    REFUSED_ON_FILES |= dict(OLD)
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 SET_PARENT_DEATH_SIGNAL, SET_DUMPABLE, SET_SUBREAPER, SET_NO_NEW_PRIVILEGES = 1, 4, 36, 38
 SET_SECCOMP = 22
-
-
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -119,21 +110,17 @@ def filter_system_calls(refused):
         yield from (op(equal, call, 0, size), op(load, offset), *condition)
         yield from (op(answer, refuse), op(load, number))
 
-    code = [
-        op(load, 4),
-        op(equal, 0xC00000B7 if ARM else 0xC000003E, 1, 0),
-        op(answer, kill),
-    ]  # 32-bit
+    # 32-bit programs have other numbers
+    code = [op(load, 4), op(equal, 0xC00000B7 if ARM else 0xC000003E, 1, 0), op(answer, kill)]
     code += [op(load, number)]
     if not ARM:
         code += [op(at_least, 0x40000000, 0, 1), op(answer, refuse)]  # the x32 interface
     for call in refused:
         code += [op(equal, call, 0, 1), op(answer, refuse)]
     code += [op(equal, 435, 0, 1), op(answer, no_such_call)]  # clone3 hides its flags
-    code += unless(
-        220 if ARM else 56, first_argument, op(any_bit, 0x7E020080, 0, 1)
-    )  # clone: new namespaces
-    code += unless(261 if ARM else 302, first_argument, op(equal, 0, 1, 0))  # prlimit64 of others
+    # clone into new namespaces, prlimit64 of other processes
+    code += unless(220 if ARM else 56, first_argument, op(any_bit, 0x7E020080, 0, 1))
+    code += unless(261 if ARM else 302, first_argument, op(equal, 0, 1, 0))
     # socketpair: a datagram socket could send to a socket of the host by its path
     code += unless(199 if ARM else 53, second_argument, op(mask, 15), op(equal, 1, 1, 0))
     for request in (0x40086602, 0x401C5820):  # ioctl: attributes of files
@@ -152,23 +139,14 @@ def landlock(readable, writable):
     version = libc(LANDLOCK_CREATE, None, 0, 1)
     rights = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
     size = 8 if version < 4 else 16 if version < 6 else 24
-    rules = libc(
-        LANDLOCK_CREATE,
-        ctypes.create_string_buffer(struct.pack("<QQQ", rights, 3, 3)[:size], size),
-        size,
-        0,
-    )
+    handled = ctypes.create_string_buffer(struct.pack("<QQQ", rights, 3, 3)[:size], size)
+    rules = libc(LANDLOCK_CREATE, handled, size, 0)
     for path, allowed in [(p, 0b1101) for p in readable] + [(p, rights) for p in writable]:
         fd = os.open(path, os.O_PATH)
         if not os.path.isdir(path):
             allowed &= 0b1100000000000111
-        libc(
-            LANDLOCK_ADD,
-            rules,
-            1,
-            ctypes.create_string_buffer(struct.pack("<Qi", allowed, fd), 12),
-            0,
-        )
+        rule = ctypes.create_string_buffer(struct.pack("<Qi", allowed, fd), 12)
+        libc(LANDLOCK_ADD, rules, 1, rule, 0)
         os.close(fd)
     libc("prctl", SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     libc(LANDLOCK_RESTRICT, rules, 0)
@@ -178,22 +156,14 @@ def landlock(readable, writable):
 # ---------------------------------------- namespaces
 
 NEW_USER = 0x10000000
-NAMESPACES = (
-    0x20000000 | 0x40000000 | 0x00020000 | 0x08000000 | 0x04000000
-)  # PID, network, mount, IPC, UTS
+NAMESPACES = 0x6C020000  # PID, network, mount, IPC, UTS
 NO_SETUID, NO_DEVICES, READ_ONLY, BIND, RECURSIVE, PRIVATE = 2, 4, 1, 1 << 12, 1 << 14, 1 << 18
 DETACH = 2
 
 
 def mount(what, where, kind, flags, options=None):
-    libc(
-        "mount",
-        what.encode(),
-        where.encode(),
-        kind and kind.encode(),
-        flags,
-        options and options.encode(),
-    )
+    what, where, kind, options = [x and x.encode() for x in (what, where, kind, options)]
+    libc("mount", what, where, kind, flags, options)
 
 
 def become_own_user():
@@ -233,14 +203,8 @@ def enter_namespaces():
 
 def library(site):
     """What a program may read: the interpreter, its library, and what these load."""
-    base = sys.base_prefix
-    paths = [
-        os.path.dirname(os.__file__),
-        f"{base}/lib",
-        f"{base}/{sys.platlibdir}",
-        sys.executable,
-        *site,
-    ]
+    paths = [os.path.dirname(os.__file__), sys.executable, *site]
+    paths += [f"{sys.base_prefix}/lib", f"{sys.base_prefix}/{sys.platlibdir}"]
     paths += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime"]
     paths += ["/usr/share/zoneinfo", "/dev/zero", "/dev/random", "/dev/urandom"]
     for path in paths:  # grows meanwhile: a link is of use only with all that it leads over
@@ -353,37 +317,36 @@ def set_limit(kind, value):
     resource.setrlimit(kind, (value, value))
 
 
+def threads_of(uid):
+    """The number of a user's processes and threads."""
+    count = 0
+    for path in glob.glob("/proc/[0-9]*/task/*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            count += os.stat(path).st_uid == uid
+    return count
+
+
 def take_on_walls(paths, scratch, namespaces):
     """Z's walls, for all its children too. Returns what there is of them, and Landlock's rules."""
     processes = PROCESSES
     if os.getuid() == 0:
         become_own_user()
-    elif not namespaces:  # this user's other processes count as well
-        mine = [f"/proc/{pid}" for pid in os.listdir("/proc") if pid.isdigit()]
-        mine = [
-            path for path in mine if os.path.exists(path) and os.stat(path).st_uid == os.getuid()
-        ]
-        processes += sum(
-            len(os.listdir(path + "/task")) for path in mine if os.path.exists(path + "/task")
-        )
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # from inside, only a signal that it handles can hurt process 1
+    elif not namespaces:
+        processes += threads_of(os.getuid())  # they count as well
+    # From inside, only a signal that it handles can hurt process 1.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     libc("prctl", SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if not namespaces:
-        libc(
-            "prctl", SET_SUBREAPER, 1, 0, 0, 0
-        )  # orphans become our children, so that we see their end
+        # Orphans become our children, so that we see their end.
+        libc("prctl", SET_SUBREAPER, 1, 0, 0, 0)
     libc("capset", struct.pack("<Ii", 0x20080522, 0), bytes(24))
     set_limit(resource.RLIMIT_CORE, 0)
     set_limit(resource.RLIMIT_FSIZE, SCRATCH_MB << 20)
     set_limit(resource.RLIMIT_NOFILE, OPEN_FILES)
     if os.getuid():
         set_limit(resource.RLIMIT_NPROC, processes)
-    layers, rules = (
-        {"namespaces": namespaces, "landlock": 0, "seccomp": False, "uid": os.getuid()},
-        None,
-    )
+    layers = {"namespaces": namespaces, "landlock": 0, "seccomp": False, "uid": os.getuid()}
+    rules = None
     with contextlib.suppress(OSError):
         layers["landlock"], rules = landlock(paths, [os.path.dirname(scratch), "/dev/null"])
     with contextlib.suppress(OSError):
