@@ -221,14 +221,12 @@ class Line:
 
     def receive(self):
         """The next message; EOFError also when the other side talks nonsense."""
-        end, seen = -1, 0
-        while end < 0:
-            end = self.data.find(b"\n", seen)
+        seen = 0
+        while (end := self.data.find(b"\n", seen)) < 0:
             seen = len(self.data)
-            if end < 0:
-                self.fill()
             if seen > MAX_MESSAGE:
                 raise EOFError
+            self.fill()
         try:
             return scan(self.take(end + 1).decode("utf-8", "surrogatepass"), 0)[0]
         except (ValueError, RecursionError, StopIteration):
@@ -623,12 +621,13 @@ class Names(dict):
 
 def environment(plan, remote):
     """The tests' names: the library's and the candidate's; its missing `sum` is not the builtin."""
-    env = Names(__name__="tests", run_case=run_case)
-    env.remote, env.read = remote, set(plan["names"]) - set(plan["called"])
-    if not env.read:
-        env = dict(env)  # faster
-    if hidden := set(plan["names"]) & vars(builtins).keys():
-        env["__builtins__"] = {n: v for n, v in vars(builtins).items() if n not in hidden}
+    env = {"__name__": "tests", "run_case": run_case}
+    if plan["read"]:
+        env = Names(env)
+        env.remote, env.read = remote, plan["read"]
+    if plan["hidden"]:
+        known = vars(builtins).items()
+        env["__builtins__"] = {name: x for name, x in known if name not in plan["hidden"]}
     for name in plan["called"]:
         env[name] = remote.named(name)
     for name, module in plan["library"]:
@@ -687,14 +686,16 @@ def plan(setup, tests, entry_point):
     names = {n for n in used - bound if not hasattr(builtins, n) and n != "run_case"} - {entry}
     library = names & ((MODULES | {"np"}) - called | (LIBRARY.keys() if entry_point else set()))
     names = names - library | ({entry} & used)  # only the entry point may hide a builtin
+    called = names & (called | passed & {entry})
     why = why_one_process(nodes, names)
     if not names and "solution" not in why:
         raise ValueError("the tests ask nothing of the candidate")
     return {
         "codes": marshal.dumps(codes),
         "seed": repr((setup, tests)),
-        "names": sorted(names),
-        "called": sorted(names & (called | passed & {entry})),
+        "called": sorted(called),
+        "read": sorted(names - called),
+        "hidden": sorted(names & vars(builtins).keys()),
         "library": sorted((n, LIBRARY.get(n) or {"np": "numpy"}.get(n, n)) for n in library),
         "methods": {node.attr for node in attributes} - read,  # only ever called
         "random": any("random" in source for source in (setup, *tests)),

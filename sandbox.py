@@ -363,13 +363,16 @@ class Worker:
 
     def end(self):
         """End the worker: Z sees that its caller has gone, and S that Z has."""
-        for thing in (self.reports, self.control, self.core):
-            thing.close()
+        self.close()
         try:
             self.process.wait(1)  # S removes its scratch
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    def close(self):
+        for thing in (self.reports, self.control, self.core):
+            thing.close()
 
 
 def said_on(line):
@@ -432,9 +435,7 @@ def look_for_holes():
 def forget_workers():
     """In a fork of the caller: the workers are the caller's."""
     while IDLE:
-        worker = IDLE.pop()
-        for thing in (worker.reports, worker.control, worker.core):
-            thing.close()
+        IDLE.pop().close()
 
 
 @atexit.register
