@@ -663,8 +663,8 @@ GUARDS = {
         {},
     ),
     "no numbers that are objects": (
-        "    setattr(UnderTest, f\"__{_name}__\", forward(_name))",
-        "    setattr(Proxy, f\"__{_name}__\", forward(_name))",
+        '    setattr(UnderTest, f"__{_name}__", forward(_name))',
+        '    setattr(Proxy, f"__{_name}__", forward(_name))',
         "class L:\n    __float__ = lambda s, v=[3.0, 7.0]: v.pop(0)\nx = L()\ndef f(n): return x",
         ["x = f(1)\nassert float(x) == 3 and float(x) == 7"],
         {},
@@ -711,8 +711,8 @@ GUARDS = {
         {},
     ),
     "no membership by the candidate": (
-        "    setattr(UnderTest, f\"__{_name}__\", forward(_name))",
-        "    setattr(Proxy, f\"__{_name}__\", forward(_name))",
+        '    setattr(UnderTest, f"__{_name}__", forward(_name))',
+        '    setattr(Proxy, f"__{_name}__", forward(_name))',
         "class L:\n    __contains__ = lambda s, x: True\ndef f(x): return L()",
         ["assert 3 in f(1)"],
         {},
