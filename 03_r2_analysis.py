@@ -399,7 +399,7 @@ def plot(policies, out):
         bars.set_xticks(range(len(STRATEGIES)), STRATEGIES, rotation=40, ha="right")
         for axis in (curve, bars):
             axis.grid(alpha=0.3)
-            if len(policies) <= 8:
+            if 1 < len(policies) <= 8:
                 axis.legend(fontsize="small")
     reliability.savefig(out / "reliability.png", dpi=120)
     r2.savefig(out / "r2.png", dpi=120)
