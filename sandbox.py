@@ -30,7 +30,6 @@ import gzip
 import json
 import marshal
 import os
-import queue
 import re
 import signal
 import socket
@@ -85,40 +84,43 @@ def run(code, tests, *, setup="", entry_point=None, timeout=3.0, memory_mb=512, 
 def run_many(jobs, workers=None, on_result=None):
     """Run jobs (dicts of `run`'s arguments), `workers` at a time, by default one for each core.
 
-    Returns: list of Result in the order of the jobs; on_result(index, result) is called in it, too.
+    Returns: list of Result in the order of the jobs; on_result(index, result) is called in it, too,
+    one call at a time, from a worker's thread.
     """
     if MISSING is None:
         look_for_holes()
     jobs = [checked(Job(**job)) for job in jobs]
-    todo, done, pool = enumerate(jobs), queue.SimpleQueue(), Pool()
+    todo, pool, lock = enumerate(jobs), Pool(), threading.Lock()
+    results, errors, told = [None] * len(jobs), [], 0
 
     def work():
+        nonlocal told
         try:
             for index, job in todo:
                 stdin = isinstance(job.tests[0] if job.tests else "", dict)
-                done.put((index, (run_program if stdin else run_statements)(job, pool)))
+                results[index] = (run_program if stdin else run_statements)(job, pool)
+                with lock:
+                    while on_result and told < len(jobs) and results[told]:
+                        on_result(told, results[told])
+                        told += 1
         except BaseException as error:
-            done.put((None, error))
+            errors.append(error)
+            pool.stop()
 
     count = min(len(jobs), workers or os.cpu_count() or 1)
     threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
-    results, told = [None] * len(jobs), 0
     try:
         for thread in threads:
             thread.start()
-        for _ in jobs:
-            index, result = done.get()
-            if index is None:
-                raise result
-            results[index] = result
-            while on_result and told < len(jobs) and results[told]:
-                on_result(told, results[told])
-                told += 1
-        return results
-    finally:
+        for thread in threads:
+            thread.join()
+    finally:  # Ctrl-C: no job goes on
         pool.stop()
         for thread in threads:
             thread.join(PATIENCE)
+    if errors:
+        raise errors[0]
+    return results
 
 
 def checked(job):
@@ -268,7 +270,7 @@ class Pool:
         return Outcome("lost")
 
     def stop(self):
-        """After an interrupt: no job goes on."""
+        """End the jobs that are running, and start none."""
         self.stopped = True
         for worker in list(self.busy):
             with contextlib.suppress(OSError):
@@ -343,7 +345,7 @@ class Worker:
         line, theirs = socket.socketpair()
         link = socket.socketpair() if kind == "split" else ()
         self.control.settimeout(4 * timeout + PATIENCE)
-        line.settimeout(PATIENCE)
+        line.setblocking(False)
         with line:
             fds = [theirs.fileno(), *[end.fileno() for end in link]]
             if stdin:
@@ -351,11 +353,13 @@ class Worker:
                 fds.append(stdin.fileno())
             head = marshal.dumps([kind, timeout, memory_mb, len(data)])
             try:
+                sent = line.send(data)  # what fits is there before J asks for it
                 socket.send_fds(self.control, [head], fds)
                 for end in (theirs, *link):
                     end.close()
+                line.settimeout(PATIENCE)
                 with contextlib.suppress(ConnectionError):  # U has died before it took the job
-                    line.sendall(data)
+                    line.sendall(data[sent:])
                 report = json.loads(self.reports.readline())
             except (OSError, ValueError):
                 return None

@@ -402,18 +402,19 @@ class Job:
         self.stdin, self.judge = None, None
         if self.kind == "split":
             line, link, theirs = self.fds
+            self.judge = self.fork(judge.judge, line, link)  # first: U then finds the code sent
             self.candidate = self.fork(judge.answer, theirs)
-            self.judge = self.fork(judge.judge, line, link)
         elif self.kind == "one process":
             self.candidate = self.fork(judge.run_together, *self.fds)
         else:
             line, self.stdin = self.fds
             self.candidate = self.fork(judge.run_program, line)
-        for fd in (self.output, *self.fds):
+        for fd in self.fds:
             os.close(fd)
         text = bytearray()
         reason = self.watch(caller, output, text)
         status, judge_status, seconds = self.end()
+        os.close(self.output)  # only now: an end of the pipe would wake Z once more
         while (data := os.read(output, 1 << 16)) and len(text) < self.kept():
             text += data  # nobody is left who could write
         os.close(output)
@@ -483,8 +484,6 @@ class Job:
                 data = os.read(output, 1 << 16)
                 total += len(data)
                 text += data if len(text) < self.kept() else b""
-                if not data:
-                    poll.unregister(output)  # all have closed their stdout
                 if total > MAX_OUTPUT:
                     reason = "output"
             if not reason:
