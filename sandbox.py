@@ -644,7 +644,8 @@ def longest_program(prefix, code, name):
 
 def error_line(code):
     try:
-        ast.parse(code)
+        with warnings.catch_warnings(action="ignore"):
+            ast.parse(code)
     except SyntaxError as error:
         return error.lineno or 0
     except Exception:

@@ -2,6 +2,8 @@
 # Programs under test are strings of one line.
 # ruff: noqa: E501, E731, SIM105, SIM115, SIM905, UP031
 
+import warnings
+
 import pytest
 
 from sandbox import code_blocks, program
@@ -127,3 +129,12 @@ def test_many_fences_take_no_time():
     ):
         assert isinstance(program(FULL, response), str)
     assert time.process_time() - began < 20
+
+
+def test_odd_code_warns_nobody():
+    """Python warns of `1if`; a stage that reads thousands of answers must not print it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        program(BARE, "    return 1if xs else 2)\n")
+        program(FULL, "    x = 1if xs else 2\n    return x x\n")
+    assert not caught
