@@ -188,8 +188,13 @@ encode = json.encoder.c_make_encoder(None, None, quote, None, ":", ",", False, F
 scan = json.JSONDecoder().scan_once
 
 
+def encoded(data):
+    """Plain data as a line of JSON."""
+    return "".join([*encode(data, 0), "\n"]).encode("utf-8", "surrogatepass")
+
+
 def message(data):
-    line = "".join([*encode(data, 0), "\n"]).encode("utf-8", "surrogatepass")
+    line = encoded(data)
     if len(line) > MAX_MESSAGE:
         raise OverflowError(f"a message of {len(line)} bytes is too large")
     return line

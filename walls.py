@@ -368,7 +368,7 @@ def serve_jobs(control, keeper, paths, scratch, namespaces):
         if not data:
             return
         job = Job(*marshal.loads(data), fds, layers, rules, scratch)
-        report = judge.message(job.run(control.fileno()))
+        report = judge.encoded(job.run(control.fileno()))  # 16 MB of output, and more in JSON
         if scratch_state(scratch) != empty:
             keeper.sendall(b"?")
             keeper.recv(1)

@@ -413,6 +413,7 @@ def test_a_program_that_reads_stdin(code):
         ("while True: pass", "timeout"),
         ("x = bytearray(1 << 33)", "memory"),
         ("while True: print('x' * 10000)", "output"),
+        ("print('\\n' * 9_000_000)", "failed"),  # more than 16 MB in JSON
         ("print(4)", "failed"),
         ("", "failed"),
         ("print('3', 0)", "failed"),
