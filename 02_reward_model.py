@@ -500,8 +500,7 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
 class RoomyLayer(DynamicLayer):
     """Keys and values of one layer, (rows, heads, tokens, width), with room for later tokens.
 
-    `DynamicLayer` copies all of them for each new token. With a real model and long responses that
-    takes longer than the model itself.
+    `DynamicLayer` copies all of them for each new token: the more, the longer the responses.
     """
 
     room = None
