@@ -78,12 +78,12 @@ def programs(samples, count):
     parts = [f"Greedy answers of `{before}` and `{after}`.\n"]
     for task_id in list(dict.fromkeys(s["task_id"] for s in greedy))[:count]:
         pair = [answers[policy, task_id] for policy in (before, after)]
-        parts.append(f"## {task_id}\n\n```python\n{pair[0]['prompt'].rstrip()}\n```\n")
+        parts.append(f"## {task_id}\n\n```text\n{pair[0]['prompt'].rstrip()}\n```\n")
         for policy, sample in zip((before, after), pair):
             verdict = f"{sample['passed_tests']} of {sample['total_tests']} tests"
             verdict = "passes" if sample["actual_score"] == 1 else f"{sample['status']}, {verdict}"
             response = sample["response"].strip("\n")
-            parts.append(f"`{policy}`: {verdict}\n\n```python\n{response}\n```\n")
+            parts.append(f"`{policy}`: {verdict}\n\n```text\n{response}\n```\n")
         if pair[0]["response"] == pair[1]["response"]:
             parts[-1] = f"`{after}`: the same program\n"
     return "\n".join(parts)
