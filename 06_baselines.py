@@ -444,14 +444,17 @@ def load_tokenizer(path, plain=False):
 def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
-    A pad token that `load_tokenizer` had to add gets a row in the embedding. EOS and pad are also
-    written to the config, where other programs look for them.
+    A pad token that `load_tokenizer` had to add gets a row in the embedding, the mean of the
+    others. EOS and pad are also written to the config, where other programs look for them.
     """
     config = AutoConfig.from_pretrained(path, **options)
     config.update({name: 0.0 for name in config.to_dict() if "drop" in name})
     model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
-    if model.get_input_embeddings().num_embeddings < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer))
+    rows = model.get_input_embeddings().num_embeddings
+    if rows < len(tokenizer):  # drawn by transformers, the row would differ from load to load
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+            layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
     for place in filter(None, (model.config, getattr(model, "generation_config", None))):
         place.eos_token_id, place.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
