@@ -47,6 +47,8 @@ import walls
 
 PATIENCE = 20  # seconds on top of four timeouts after which a worker that says nothing is replaced
 FAILURES = ("failed", "error", "timeout", "memory", "output", "syntax")
+# From two threads at once, warnings.catch_warnings would leave the caller's filters changed.
+PARSING = threading.Lock()
 
 
 class Result(NamedTuple):
@@ -62,9 +64,7 @@ class Result(NamedTuple):
 
 class Job(NamedTuple):
     code: str
-    tests: (
-        list  # strings of statements, or {"input": ..., "output": ...} if the program reads stdin
-    )
+    tests: list  # of statements, or of {"input": ..., "output": ...} if the program reads stdin
     setup: str = ""  # statements before the first test
     entry_point: str | None = None  # what `check` is called with
     timeout: float = 3.0  # CPU seconds, for each test of a program that reads stdin
@@ -138,7 +138,8 @@ def run_statements(job, pool):
     """Run the tests beside the candidate if they need it, which J may be the first to find out."""
     count = len(job.tests)
     try:
-        plan = judge.plan(job.setup, tuple(job.tests), job.entry_point)
+        with PARSING:
+            plan = judge.plan(job.setup, tuple(job.tests), job.entry_point)
         if not job.tests:
             raise ValueError("there are no tests")
         job.code.encode()  # half a surrogate pair is no program

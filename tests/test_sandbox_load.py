@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 
@@ -690,3 +691,18 @@ def test_all_of_it_as_an_ordinary_user(tmp_path_factory):
         print(run.stdout.strip().splitlines()[-1])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_workers_leave_the_warnings_of_the_caller_as_they_are():
+    """Python's warnings.catch_warnings is not for threads; the odds of a clash are high here."""
+    before, interval = list(warnings.filters), sys.getswitchinterval()
+    code = "def f(): return 1"
+    jobs = [{"code": code, "tests": [f"assert f() == 1 and {i} + 1"]} for i in range(600)]
+    sys.setswitchinterval(1e-6)
+    try:
+        results = sandbox.run_many(jobs, 4)
+    finally:
+        sys.setswitchinterval(interval)
+        after = list(warnings.filters)
+        warnings.filters[:] = before
+    assert after == before and all(result.passed for result in results)
