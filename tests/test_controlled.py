@@ -1,7 +1,9 @@
-"""tools/controlled.py: a reward errs where we put the errors. tools/benchmark.py: it runs."""
+"""tools/: controlled.py puts errors where it says; benchmark.py and compare.py run."""
 
+import json
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,3 +123,27 @@ def test_benchmark_turns_a_failure_into_a_line_and_heeds_its_budget(tmp_path, mo
     benchmark.main(cfg)
     (line,) = sandbox.read_jsonl(out, {})
     assert line["error"] == "SystemExit: 2" and line["measured"] == "iteration"
+
+
+def test_compare_shows_what_stages_4_and_5_have_written(pipeline, monkeypatch, tmp_path, capsys):
+    compare = load_script("tools/compare.py")
+    monkeypatch.chdir(pipeline["folder"])
+    out = str(tmp_path / "page")
+    compare.main(compare.Config(runs=["out/ppo_bw"], out=out, programs=3))
+    printed = capsys.readouterr().out
+    for row in json.loads(Path("out/eval/results.json").read_text(encoding="utf-8")):
+        greedy, gain = row["greedy pass@1"]["mean"], row["gain"].get("greedy pass@1")
+        line = next(x for x in printed.splitlines() if f"| {row['policy']} |" in x)
+        assert f"| {100 * greedy:.1f} [" in line
+        assert gain is None or f"| {100 * gain['mean']:+.1f} [" in line
+    page = Path(f"{out}_programs.md").read_text()
+    samples = [s for s in sandbox.read_jsonl("out/eval/samples.jsonl", {}) if s["greedy"]]
+    first = {s["policy"]: s for s in samples if s["task_id"] == samples[0]["task_id"]}
+    before = next(iter(first.values()))
+    verdict = "passes" if before["actual_score"] == 1 else before["status"]
+    assert page.count("\n## ") == 3
+    assert f"`{before['policy']}`: {verdict}" in page and before["response"].strip("\n") in page
+    assert Path(f"{out}.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit) as refused:
+        compare.main(compare.Config(runs=["out/none"], out=out))
+    assert refused.value.code == 2
