@@ -828,9 +828,10 @@ def generate_batch(model, tokenizer, prompts, temperature, cfg):
         tokens[rows, t] = chosen[:, 0]
         logprobs[rows, t] = distribution.gather(-1, chosen)[:, 0]
         going = (tokens[rows, : t + 1] != eos).all(1)
-        if not going.any():
+        unfinished = int(going.sum())  # a GPU waits here: once per token
+        if unfinished == 0:
             break
-        if going.sum() <= 0.8 * len(rows):  # it costs a copy of the cache: not for every row
+        if unfinished <= 0.8 * len(rows):  # it costs a copy of the cache: not for every row
             cache.batch_select_indices(going.nonzero()[:, 0])
             rows, chosen, mask = rows[going], chosen[going], mask[going]
         inputs, mask = chosen, torch.cat([mask, torch.ones_like(chosen)], 1)
