@@ -62,7 +62,7 @@ class Config:
     seed: int = 0  # seed of everything random
     show_one_test: bool = False  # MBPP: one test in the prompt instead of all; for --reward tests
     sft: int = 6000  # tiny: problems with flawed solutions, for fine-tuning; paper: 130k
-    rm: int = 3000  # tiny: prompts for the reward model; paper: 7k
+    rm: int = 2000  # tiny: prompts for the reward model; paper: 7k
     ppo: int = 1000  # tiny: prompts for PPO; paper: 3k
     validation: int = 300  # tiny: problems that choose the best checkpoint
     test: int = 500  # tiny: problems that choose nothing; 95% interval of pass@1: about 4 points

@@ -74,7 +74,7 @@ class Config:
     r2_responses: int = 10  # responses to each validation problem; paper: 10 (for R2)
     temperature: float = 1.0  # divides the logits of the sampler; not given in the paper
     max_new_tokens: int = 96  # longest response, tokens; authors' scripts: 2048
-    epochs: int = 2  # passes over the pairs; paper: 1 (authors' scripts: 2), with many more pairs
+    epochs: int = 3  # passes over the pairs; paper: 1 (authors' scripts: 2), with many more pairs
     batch_size: int = 32  # pairs per optimiser step; authors' scripts: 64
     micro_batch_size: int = 32  # pairs per forward and backward pass; changes memory only
     lr: float = 5e-4  # peak learning rate of AdamW; paper: 1e-5 (6.7B parameters)

@@ -86,7 +86,7 @@ class Config:
     policy: str = "out/sft"  # SFT model: the policy starts here, and the KL penalty keeps it close
     reward_model: str = "out/rm"  # RM; the critic starts from it
     out: str = ""  # output folder; empty: out/ppo_<strategy>
-    iterations: int = 25  # rounds of generate, filter, update; paper: 5 passes over 3k prompts
+    iterations: int = 15  # rounds of generate, filter, update; paper: 5 passes over 3k prompts
     prompts_per_iteration: int = 48  # n; authors' scripts: 1024 responses in all
     responses_per_prompt: int = 5  # N; paper: 5
     # In standard deviations of the RM's reward (--reward tests: shares of tests); not in the paper.

@@ -72,7 +72,7 @@ class Config:
     policy: str = "out/sft"  # SFT model: the policy starts from it, and it is the reference
     reward_model: str = "out/rm"  # RM, which ranks the responses to a prompt
     out: str = ""  # output folder; empty: out/<method>
-    iterations: int = 25  # rounds of sample, choose, update, as in 04
+    iterations: int = 15  # rounds of sample, choose, update, as in 04
     prompts_per_iteration: int = 48  # n, as in 04
     responses_per_prompt: int = 5  # N; paper: 5
     temperature: float = 1.0  # divides the logits in sampling, update and reference alike
@@ -80,7 +80,7 @@ class Config:
     truncation_penalty: float = 1.0  # taken off the score of a response without EOS
     beta: float = 0.1  # dpo, ipo, kto: pull to the reference, reward per nat
     rounds: int = 3  # iterative_dpo: rounds of ceil(iterations / rounds); paper: 3
-    anchor_every: int = 25  # bond: iterations after which the anchor moves to the policy
+    anchor_every: int = 15  # bond: iterations after which the anchor moves to the policy
     epochs: int = 1  # passes over the chosen responses of an iteration
     minibatch_size: int = 48  # responses per optimiser step: 24 pairs, or 9 prompts of bond
     micro_batch_size: int = 48  # responses per forward and backward pass; changes memory only

@@ -92,7 +92,7 @@ class Config:
     lesson_lr: float = 1e-3  # peak learning rate of the lesson, with warm-up and cosine decay
     ask: str = ASK_FOR_TESTS  # request for tests; {prompt} and {entry_point} are the problem's
     out: str = ""  # output folder; empty: out/plum/<loss>_<online or offline>
-    iterations: int = 25  # rounds of write, sample, vote, train
+    iterations: int = 15  # rounds of write, sample, vote, train
     prompts_per_iteration: int = 24  # n; n (K + test_responses) = 240 samples, as in stage 4
     responses_per_prompt: int = 8  # K, responses sampled for each prompt
     test_responses: int = 2  # responses sampled for each prompt that write tests

@@ -17,7 +17,8 @@ for name in leetcodedataset humaneval humaneval_plus mbpp; do "$python" 00_data.
 "$python" 01_sft.py --model "$model" --data $data/sft.jsonl --out "$out/sft" --epochs 3 \
     --max_length 1024 --lr "${LR_SFT:-4e-5}" $flags
 "$python" 02_reward_model.py --policy "$out/sft" --data $data/rm.jsonl --out "$out/rm" \
-    --validation $data/validation.jsonl --responses_per_prompt 10 --lr "${LR_RM:-4e-5}" $sampling $flags
+    --validation $data/validation.jsonl --responses_per_prompt 10 --epochs 2 \
+    --lr "${LR_RM:-4e-5}" $sampling $flags
 "$python" 03_r2_analysis.py --samples "$out/rm/validation_samples.jsonl" --out "$out/r2"
 for strategy in none random2 bw; do
     "$python" 04_pf_ppo.py --strategy $strategy --policy "$out/sft" --reward_model "$out/rm" \

@@ -27,20 +27,21 @@ stage 02_reward_model.py --resume
 stage 03_r2_analysis.py
 
 # Two runs at a time with one thread each do more than one run with two threads.
-for pair in "none bw" "br random2"; do
-    echo; echo "== 04_pf_ppo.py, strategies $pair, side by side"
-    start=$SECONDS
-    jobs=""
-    for strategy in $pair; do
+ppo() {
+    for strategy in "$@"; do
         "$python" 04_pf_ppo.py --strategy "$strategy" --threads 1 --resume \
-            > >(sed -u "s/^/[$strategy] /") 2> "out/ppo_$strategy.log" &
-        jobs="$jobs $!"
+            > >(sed -u "s/^/[$strategy] /") 2> "out/ppo_$strategy.log" ||
+            { tail -n 5 "out/ppo_$strategy.log"; return 1; }
     done
-    for job in $jobs; do wait "$job" || { tail -n 5 out/ppo_*.log; exit 1; }; done
-    note "04_pf_ppo.py ($pair)" "$start"
-done
+}
+echo; echo "== 04_pf_ppo.py, strategy none, and beside it bw, then random2"
+start=$SECONDS
+ppo none & pid=$!
+ppo bw random2 || { wait; exit 1; }
+wait $pid
+note "04_pf_ppo.py" "$start"
 
-stage 05_eval.py --policies out/sft out/ppo_{none,random2,br,bw}/last
+stage 05_eval.py --policies out/sft out/ppo_{none,random2,bw}/last --samples 4 --ks 1 4
 
 echo; echo "== R2 of each filter on the SFT policy"; cat out/r2/table.txt
 echo; echo "== pass@1 on the test problems after the last iteration"; cat out/eval/table.txt
