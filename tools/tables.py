@@ -426,14 +426,19 @@ def correlations(r2, means, methods):
 def prediction_table(settings):
     """R2 of each filter before training, and whether it ranked what training gave."""
     head = ["setting", "pairs in order", *(f"R² {m}, pooled / within" for m in FILTERS)]
-    rows, columns = [], []
+    rows, columns, measured = [], [], []
     for label, accuracy, r2, means in predictions(settings):
+        measured.append(r2)
         pairs = {m: f"{x:.2f} / {r2['within'][m]:.2f}" for m, x in r2["pooled"].items()}
         cells = [pairs.get(m, "") for m in FILTERS]
         columns.append(correlations(r2, means, r2["pooled"]))
         rows.append([label, f"{accuracy:.3f}", *cells, *(f"{x:+.2f}" for x in columns[-1])])
+    cells = []
+    for m in FILTERS:
+        values = [[r2[view].get(m, np.nan) for r2 in measured] for view in VIEWS]
+        cells.append(" / ".join(cell(of_view, 1, 2) for of_view in values))
     overall = [cell(column, 1, 2, "+") for column in zip(*columns)]
-    return markdown([*head, *CORRELATED], [*rows, ["mean", *[""] * 6, *overall]] if rows else [])
+    return markdown([*head, *CORRELATED], [*rows, ["mean", "", *cells, *overall]])
 
 
 def number(value):
@@ -450,6 +455,8 @@ def table_1(records):
     for method in FILTERS:
         runs = list(select(records, "main", method).values())
         for k, policy in enumerate(ALONG if runs else ()):
+            if policy == "SFT" and method != "none":  # the same responses as above
+                continue
             columns = []  # (runs,) each, the mean over the iterations of ALONG
             parts = [run["r2"][3 * k : 3 * k + 3] for run in runs]
             for view, m in [(view, m) for view in VIEWS for m in filters]:
@@ -463,7 +470,7 @@ def table_1(records):
     return markdown(head, rows)
 
 
-def table_2(records):
+def method_table(records):
     """All methods, after the last iteration, and what they cost."""
     costs = ("samples", "rm_passes", "policy_rows", "critic_rows")
     pairs = [(kind, other) for kind in KINDS for other in ("random2", "none")]
@@ -528,7 +535,7 @@ def plot_filters(settings, path):
     """Does filtering beat as many responses at random? Differences to random2, by setting."""
     settings = [s for s in settings if shared(*s[1:], "greedy")]
     settings = [s for k, s in enumerate(settings) if s[1:] not in [t[1:] for t in settings[:k]]]
-    figure = Figure(figsize=(12, 1.5 + 0.4 * len(settings)), layout="constrained")
+    figure = Figure(figsize=(12, 1.5 + 0.5 * len(settings)), layout="constrained")
     for axis, kind in zip(figure.subplots(1, 2, sharey=True), KINDS):
         for k, method in enumerate(("br", "bw")):
             style = {"fmt": "o", "color": f"C{FILTERS.index(method)}"}
@@ -542,7 +549,7 @@ def plot_filters(settings, path):
         axis.axvline(0, color="gray", linewidth=1)
         axis.set(xlabel=f"{kind} pass@1, points; 95% interval and seeds")
         axis.grid(alpha=0.3, axis="x")
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.axes[0].set_yticks(range(len(settings)), [label for label, *_ in settings])
     figure.axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
@@ -553,20 +560,22 @@ def show(records):
     whole = [r for r in records if r["pipeline"] == r["seed"]]
     first = [r for r in records if r["pipeline"] == 0]
     pipelines = [(f"pipeline {s}", [r for r in whole if r["seed"] == s], "main", "") for s in SEEDS]
-    settings = {"whole pipelines": [("whole pipelines", whole, "main", "")]}
+    settings = {}
     for table, rows in SETTINGS.items():
-        settings[table] = [(label, first, group, prefix) for label, group, prefix in rows]
+        rows = [(label, first, group, prefix) for label, group, prefix in rows]
+        rows = [row for row in rows if shared(*row[1:], "greedy")]
+        if len(rows) > 1:  # something has run beside the default
+            settings[table] = rows
     predicted = {"whole pipelines": pipelines}  # the settings with an R2 of their own
-    for name in ("errors of the reward", "reward model"):
-        predicted[name] = settings[name]
+    predicted |= {t: settings[t] for t in ("errors of the reward", "reward model") if t in settings}
 
-    sft = [cell(shared(whole, "main", "", kind, ["sft"]).get("sft", [])) for kind in KINDS]
-    parts = {f"By {name}": comparison(rows) for name, rows in settings.items()}
-    for name, rows in predicted.items():
-        parts[f"By {name}"] += f"\n{prediction_table(rows)}"
-    parts["By whole pipelines"] += f"\nSFT policies: greedy {sft[0]}, sampled {sft[1]}.\n"
+    parts = {"Whole pipelines": f"{method_table(whole)}\n{prediction_table(pipelines)}"}
+    for name, rows in settings.items():
+        parts[f"By {name}"] = comparison(rows)
+        if name in predicted:
+            parts[f"By {name}"] += f"\n{prediction_table(rows)}"
     parts["Table 1: R² along training, whole pipelines, three iterations each"] = table_1(whole)
-    parts["Table 2: all methods, seeds of pipeline 0"] = table_2(first)
+    parts["Table 2: all methods, seeds of pipeline 0"] = method_table(first)
     parts["Table 3: R² and the result of training, seeds of pipeline 0"] = table_3(first)
     text = "# Tables\n\nWritten by `python tools/tables.py show` from results.jsonl. pass@1 in "
     text += "percent on the test problems after the last iteration; ± is half of a 95% interval "
@@ -574,7 +583,8 @@ def show(records):
     text += "".join(f"\n## {title}\n\n{part}" for title, part in parts.items())
     RESULTS.with_name("tables.md").write_text(text, encoding="utf-8")
     plot_predictions(predicted, RESULTS.with_name("prediction.png"))
-    plot_filters(sum(settings.values(), []), RESULTS.with_name("filters.png"))
+    everything = sum(settings.values(), [("whole pipelines", whole, "main", "")])
+    plot_filters(everything, RESULTS.with_name("filters.png"))
     print(text)
 
 
