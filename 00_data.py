@@ -104,7 +104,8 @@ def check_config(cfg):
     for split in SPLITS:
         if getattr(cfg, split) < 1:
             sandbox.fail(f"--{split} {getattr(cfg, split)}: a split needs at least one problem")
-    if not 1 <= len(cfg.lengths) <= 8 or min(cfg.lengths) < 0 or max(cfg.lengths) <= 0:
+    finite = 0 < sum(cfg.lengths) < float("inf")
+    if not (finite and len(cfg.lengths) <= 8 and min(cfg.lengths) >= 0):
         sandbox.fail("--lengths needs one to eight weights, none below 0 and one above")
     if not 0 <= cfg.hard_share < 1:
         sandbox.fail("--hard_share must be at least 0 and below 1")
@@ -929,12 +930,12 @@ def file_records(dataset, path):
     elif name.endswith((".json", ".parquet")):
         try:
             if name.endswith(".json"):
-                records = json.loads(Path(path).read_text(encoding="utf-8"))
+                records = list(json.loads(Path(path).read_text(encoding="utf-8")))
             else:
                 import pyarrow.parquet  # comes with datasets
 
                 records = pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             sandbox.fail(f"--file {path} cannot be read ({error})")
     else:
         sandbox.fail(f"--file {path}: .jsonl, .jsonl.gz, .json or .parquet is needed")

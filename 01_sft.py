@@ -157,11 +157,14 @@ def main(cfg):
 
     # ---- model and tokenizer
     if cfg.model == "scratch":
+        if cfg.hidden_size % 32:
+            sandbox.fail(f"--hidden_size {cfg.hidden_size}: it must be a multiple of 32")
         if cfg.lora_rank:
             sandbox.fail("--lora_rank adapts a trained model; name one with --model")
         tokenizer = build_tokenizer([r["prompt"] + r["solution"] for r in records], cfg.vocab_size)
         model = build_model(cfg, tokenizer)
     else:
+        sandbox.check_model(cfg.model, policy=True)
         tokenizer = load_tokenizer(cfg.model, cfg.plain)
         model = load_model(AutoModelForCausalLM, cfg.model, tokenizer)
     context = getattr(model.config, "max_position_embeddings", None) or cfg.max_length
@@ -296,9 +299,7 @@ def load_tokenizer(path, plain=False):
 
     Args: plain: drop the chat template, in saved copies, too.
     """
-    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
-    if ours and not (Path(path) / "config.json").is_file():
-        sandbox.fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
+    sandbox.check_model(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None

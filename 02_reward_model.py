@@ -159,12 +159,11 @@ def main(cfg):
     sandbox.check_numbers(cfg)
     if min(cfg.responses_per_prompt, cfg.r2_responses) < 2:
         sandbox.fail("--responses_per_prompt and --r2_responses: a pair takes at least 2")
-    if not (0 <= cfg.label_noise <= 1 and cfg.max_pairs >= 0):
-        sandbox.fail("--label_noise must be from 0 to 1, --max_pairs at least 0")
     out = Path(cfg.out)
     if sandbox.finished(cfg, out, cfg.resume):
         return
     problems, validation = sandbox.read_problems(cfg.data), sandbox.read_problems(cfg.validation)
+    sandbox.check_model(cfg.policy, policy=True)
     device, amp = set_up(cfg)
     rng = random.Random(cfg.seed)
 
@@ -337,9 +336,7 @@ def load_tokenizer(path, plain=False):
 
     Args: plain: drop the chat template, in saved copies, too.
     """
-    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
-    if ours and not (Path(path) / "config.json").is_file():
-        sandbox.fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
+    sandbox.check_model(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None

@@ -323,6 +323,7 @@ def main(cfg):
 
     # ---- problems, models, optimisers
     problems, validation = sandbox.read_problems(cfg.data), sandbox.read_problems(cfg.validation)
+    sandbox.check_model(cfg.policy, policy=True)
     tokenizer = load_tokenizer(cfg.policy)
     policy, reference = load_policy(cfg.policy, tokenizer, cfg, device)
     critic, reward_model = load_critic(cfg, tokenizer, device)
@@ -573,9 +574,7 @@ def load_tokenizer(path, plain=False):
 
     Args: plain: drop the chat template, in saved copies, too.
     """
-    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
-    if ours and not (Path(path) / "config.json").is_file():
-        sandbox.fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
+    sandbox.check_model(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None

@@ -111,6 +111,7 @@ def cut_at_stop(text, stop):
 
 def main(cfg):
     started = time.time()
+    sandbox.check_numbers(cfg)
     out = Path(cfg.out)
     if sandbox.finished(cfg, out):
         print((out / "table.txt").read_text(encoding="utf-8"))
@@ -211,7 +212,8 @@ def read_inputs(cfg):
 
     Returns: {file: problems}, {policy: (tokenizer, {file: prompt ids})}, reward model or None.
     """
-    sandbox.check_numbers(cfg)
+    if not cfg.policies or not cfg.problems or "" in cfg.stop:
+        sandbox.fail("--policies and --problems need a name, --stop no empty string")
     for k in cfg.ks if cfg.samples else []:
         if not 1 <= k <= cfg.samples:
             sandbox.fail(f"pass@{k} needs 1 to --samples {cfg.samples} samples; change --ks")
@@ -225,6 +227,7 @@ def read_inputs(cfg):
                 if not isinstance(problem.get("solution"), str):
                     sandbox.fail(f"{problem['task_id']} has no solution; leave out canonical")
             continue
+        sandbox.check_model(policy, policy=True)
         tokenizer = load_tokenizer(policy, cfg.plain)
         limits = cfg.max_new_tokens, AutoConfig.from_pretrained(policy)
         encoded[policy] = (
@@ -266,9 +269,7 @@ def load_tokenizer(path, plain=False):
 
     Args: plain: drop the chat template, in saved copies, too.
     """
-    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
-    if ours and not (Path(path) / "config.json").is_file():
-        sandbox.fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
+    sandbox.check_model(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None

@@ -240,6 +240,7 @@ def main(cfg):
 
     # ---- problems, models, optimiser
     problems, validation = sandbox.read_problems(cfg.data), sandbox.read_problems(cfg.validation)
+    sandbox.check_model(cfg.policy, policy=True)
     tokenizer = load_tokenizer(cfg.policy)
     policy, reference = load_policy(cfg.policy, tokenizer, cfg, device)
     reward_model = load_reward_model(cfg.reward_model, tokenizer).to(device)
@@ -416,9 +417,7 @@ def load_tokenizer(path, plain=False):
 
     Args: plain: drop the chat template, in saved copies, too.
     """
-    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
-    if ours and not (Path(path) / "config.json").is_file():
-        sandbox.fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
+    sandbox.check_model(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None

@@ -280,6 +280,7 @@ def main(cfg):
     problems, validation = sandbox.read_problems(cfg.data), sandbox.read_problems(cfg.validation)
     if not any(problem["entry_point"] for problem in problems):
         sandbox.fail(f"{cfg.data}: no problem has an entry_point, which a test must call")
+    sandbox.check_model(cfg.policy, policy=True)
     device, amp = set_up(cfg)
 
     # ---- the lesson; its model starts the policy and is reference, writer and offline sampler
@@ -545,9 +546,7 @@ def load_tokenizer(path, plain=False):
 
     Args: plain: drop the chat template, in saved copies, too.
     """
-    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
-    if ours and not (Path(path) / "config.json").is_file():
-        sandbox.fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
+    sandbox.check_model(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None

@@ -715,7 +715,8 @@ def read_jsonl(path, fields, unique=()):
 def _lines(path):
     """(place, text) of each line of a UTF-8 file that is not blank."""
     if not os.path.isfile(path):
-        fail(f"{path} does not exist; run the stage that writes it first (README)")
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        fail(f"{path} {what}; a file is needed: run the stage that writes it first (README)")
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -741,6 +742,8 @@ def read_problems(path):
     problems = read_jsonl(path, {"task_id": str, "prompt": str} | TESTED, unique=["task_id"])
     for problem in problems:
         check_tests(problem, path)
+        if not problem["prompt"]:
+            fail(f"{path}, task_id {problem['task_id']!r}: field 'prompt' is empty")
     return problems
 
 
@@ -820,12 +823,38 @@ FREE_FLAGS = {
 
 
 def check_numbers(cfg):
-    """Refuse, before any work, a size, a number of steps or a temperature that is not positive."""
-    names = ("beta", "epochs", "iterations", "kl_target", "rounds", "temperature")
+    """Refuse, before any work, numbers with which nothing could run or be learned."""
+    positive = ("beta", "draws", "epochs", "iterations", "kl_target", "layers", "max_grad_norm")
+    positive += ("resamples", "rounds", "temperature", "timeout")
     counts = ("_size", "_every", "_iteration", "_prompt", "_responses", "_tokens")
+    shares = ("gamma", "label_noise", "lam", "warmup")
     for name, value in dataclasses.asdict(cfg).items():
-        if (name in names or name.endswith(counts)) and value <= 0:
-            fail(f"--{name} {value}: it must be above 0")
+        if not isinstance(value, (int, float)) or name in ("top", "bottom"):
+            continue
+        if name in positive or name.endswith(counts):
+            good, rule = 0 < value < float("inf"), "above 0"
+        elif name in shares:
+            good, rule = 0 <= value <= 1, "from 0 to 1"
+        else:
+            good, rule = 0 <= value < float("inf"), "at least 0"
+        if not good:  # nan, too
+            fail(f"--{name} {value}: it must be {rule}")
+
+
+def check_model(path, policy=False):
+    """Refuse, before any work, a path without a model; with `policy`, a reward model, too."""
+    from transformers import AutoConfig  # not at the top: the sandbox needs no model
+
+    ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
+    if ours and not (Path(path) / "config.json").is_file():
+        fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        fail(f"no model at {path}: {reason}")
+    if policy and "ForSequenceClassification" in str(config.architectures):
+        fail(f"{path} is a reward model, where a policy is needed")
 
 
 def finished(cfg, directory, resume=False):
@@ -836,6 +865,9 @@ def finished(cfg, directory, resume=False):
     """
     directory = Path(directory)
     if not directory.exists():
+        parent = next(parent for parent in directory.absolute().parents if parent.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            fail(f"{directory} cannot be written; choose another --out")
         return False
     marks = [directory / name for name in ("stage_config.json", "state_config.json")]
     complete, resumable = (mark.is_file() for mark in marks)
@@ -942,7 +974,7 @@ def score_file(args):
 def scored_already(path, samples):
     """How many samples an earlier run has written, and the size of their lines."""
     count, size = 0, 0
-    lines = Path(path).read_bytes().splitlines(keepends=True) if os.path.exists(path) else []
+    lines = Path(path).read_bytes().splitlines(keepends=True) if os.path.isfile(path) else []
     for line in lines:
         if not line.endswith(b"\n"):
             break  # cut off: written again
@@ -974,6 +1006,8 @@ def main():
     args = parser.parse_args()
     if os.path.realpath(args.output) in map(os.path.realpath, (args.problems, args.samples)):
         fail(f"{args.output} is one of the inputs; name another file")
+    if (args.workers or 0) < 0 or not 0 < args.timeout < float("inf") or args.memory_mb <= 0:
+        fail("--timeout and --memory_mb must be above 0, --workers at least 0")
     try:
         score_file(args)
     except KeyboardInterrupt:

@@ -286,6 +286,9 @@ def test_plain_leaves_the_chat_template_out(evaluation, tmp_path, monkeypatch):
 
 BAD = {
     "missing policy": (dict(policies=["./policy", "out/typo"]), "no model at out/typo"),
+    "no policy": (dict(policies=[]), "--policies"),
+    "an RM": (dict(policies=["./policy", "./rm"]), "./rm is a reward model"),
+    "cut to nothing": (dict(stop=[""]), "--stop"),
     "no solutions": (dict(policies=["./policy", "canonical"]), "t/11 has no solution"),
     "long prompt": (dict(max_new_tokens=60), "exceeds the model's context of 64"),
     "k above n": (dict(samples=2, ks=[1, 5]), "pass@5 needs"),

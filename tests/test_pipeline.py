@@ -325,6 +325,9 @@ def test_a_killed_run_resumes_to_the_same_result(pipeline):
     [
         ({"data": "data/nowhere.jsonl"}, "data/nowhere.jsonl"),
         ({"policy": "out/nowhere"}, "out/nowhere"),
+        ({"policy": "out/rm"}, "out/rm is a reward model"),
+        ({"policy": "no/such_model"}, "no/such_model"),  # a name that the hub does not give
+        ({"policy": "out/torn"}, "out/torn"),
         ({"reward_model": "out/sft"}, "reward_std"),
         ({"reward_model": "out/std_0"}, "reward_std"),
         ({"reward_model": "out/other_tokens"}, "tokenizer"),
@@ -332,9 +335,14 @@ def test_a_killed_run_resumes_to_the_same_result(pipeline):
         ({"advantage": "grpo", "responses_per_prompt": 1}, "--responses_per_prompt"),
         ({"max_new_tokens": 10_000}, "context"),
         ({"micro_batch_size": 0}, "--micro_batch_size"),
+        ({"lr": -1.0}, "--lr -1.0"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"threads": -1}, "--threads -1"),
+        ({"gamma": 1.5}, "--gamma 1.5"),
         ({"kl_control": "adaptive", "kl_target": 0.0}, "--kl_target"),
         ({"kl_control": "adaptive", "kl_horizon": 1}, "--kl_horizon"),
         ({"out": "out/sft"}, "out/sft"),
+        ({"out": "data/tiny/ppo.jsonl/ppo"}, "cannot be written"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -351,6 +359,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         tokenizer = ppo.AutoTokenizer.from_pretrained("out/rm")
         tokenizer.add_tokens(["<new>"])
         tokenizer.save_pretrained("out/other_tokens")
+        os.makedirs("out/torn")
+        (pipeline["folder"] / "out/torn/config.json").write_text("{")
     with pytest.raises(SystemExit) as stop:
         ppo.main(ppo.Config(**{"out": "out/refused"} | options))
     error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]

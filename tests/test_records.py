@@ -52,6 +52,7 @@ def test_what_people_have_is_read(tmp_path, content, zipped):
         (lines({k: v for k, v in PROBLEM.items() if k != "prompt"}), "'prompt'"),
         (lines({**PROBLEM, "entry_point": 3}), "'entry_point'"),
         (lines(PROBLEM, {**PROBLEM, "prompt": "q"}), "line 2: field 'task_id' repeats"),
+        (lines({**PROBLEM, "prompt": ""}), "'prompt'"),
         (with_tests([]), "'tests'"),
         (with_tests(""), "'tests'"),
         (with_tests([" \n"]), "'tests'"),
@@ -72,7 +73,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, capsys, content, w
 def test_a_file_that_is_not_there_or_broken_is_refused(tmp_path, capsys):
     broken = tmp_path / "broken.jsonl.gz"
     broken.write_bytes(gzip.compress(lines(PROBLEM) * 1000)[:-20])
-    for path in (tmp_path / "nowhere.jsonl", broken):
+    for path in (tmp_path / "nowhere.jsonl", broken, tmp_path):
         with pytest.raises(SystemExit):
             sandbox.read_problems(path)
         assert str(path) in capsys.readouterr().err

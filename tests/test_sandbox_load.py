@@ -497,6 +497,22 @@ def test_cli_says_where_the_input_is_bad(tmp_path, which, records, place, field)
     assert (tmp_path / "o.jsonl").read_text() == "keep me\n"
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--workers", -1), "--workers"),  # with no worker nothing would be scored
+        (("--timeout", "nan"), "--timeout"),
+        (("--memory_mb", 0), "--memory_mb"),
+        (("-o", "."), "cannot be written"),
+    ],
+)
+def test_cli_refuses_settings_in_one_line(tmp_path, flags, words):
+    problems, samples = write(tmp_path / "p.jsonl", PROBLEMS), write(tmp_path / "s.jsonl", SAMPLES)
+    run = cli(problems, samples, "-o", tmp_path / "o.jsonl", *flags)
+    assert run.returncode == 2 and words in run.stderr and run.stderr.count("\n") == 1
+    assert not (tmp_path / "o.jsonl").exists()
+
+
 def test_cli_scores_samples_that_have_verdicts(tmp_path):
     """The output of one run is the input of another: verdicts are replaced, `trust` is among them."""
     problems, first = write(tmp_path / "p.jsonl", PROBLEMS), tmp_path / "1.jsonl"

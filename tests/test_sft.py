@@ -260,6 +260,8 @@ def test_plain_leaves_the_chat_template_out_for_good(train, base, sft):
         ({"batch_size": 0}, ["--batch_size 0", "above 0"]),
         ({"log_every": 0}, ["--log_every 0"]),
         ({"max_length": 3}, ["at most 3 tokens"]),
+        ({"hidden_size": 48, "model": "scratch"}, ["--hidden_size 48", "multiple of 32"]),
+        ({"warmup": 2.0}, ["--warmup 2.0", "from 0 to 1"]),
         ({"lora_rank": 8}, ["--lora_rank", "--model"]),
         ({"model": "out/none"}, ["no model at out/none"]),
         ({"model": "./adapters"}, ["./adapters", "merge"]),

@@ -178,9 +178,12 @@ def test_runs_are_carried_out_recorded_and_not_repeated(pipeline, monkeypatch, t
     assert tables.read_results() == done
 
 
-def test_nothing_to_show(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "flags, words", [(("show",), "tables.py run"), (("run", 1, 0), "--jobs 0")]
+)
+def test_what_cannot_be_done_is_refused(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
-        tables.main(tables.Config("show"))
-    assert error.value.code == 2 and "tables.py run" in capsys.readouterr().err
+        tables.main(tables.Config(*flags))
+    assert error.value.code == 2 and words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -590,6 +590,8 @@ def show(records):
 
 def main(cfg):
     records = read_results()
+    if cfg.jobs < 1:
+        sandbox.fail(f"--jobs {cfg.jobs}: it must be above 0")
     if cfg.action == "run":
         run_all(cfg)
     elif cfg.action == "list":
