@@ -182,9 +182,12 @@ def main(cfg):
         groups = [sandbox.read_jsonl(out / name, {"ids": list}) for name in SAMPLE_FILES]
     else:
         policy = load_model(AutoModelForCausalLM, cfg.policy, tokenizer).to(device)
-        limits = cfg.max_new_tokens, policy.config
-        jobs = [(problems, cfg.responses_per_prompt), (validation, cfg.r2_responses)]
-        jobs = [(part, encode_prompts(tokenizer, part, *limits), n) for part, n in jobs]
+        prompt_ids = encode_prompts(tokenizer, problems, cfg.max_new_tokens, policy.config)
+        validation_ids = encode_prompts(tokenizer, validation, cfg.max_new_tokens, policy.config)
+        jobs = [
+            (problems, prompt_ids, cfg.responses_per_prompt),
+            (validation, validation_ids, cfg.r2_responses),
+        ]
         groups = [sample_and_test(policy, tokenizer, *job, cfg, amp) for job in jobs]
         del policy
     samples, validation_samples = groups
@@ -484,7 +487,7 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [i for i in order for _ in range(repeats)]
     size = cfg.generate_batch_size
-    size = size - size % repeats or size  # whole prompts, where they fit
+    size = (size - size % repeats) or size  # whole prompts, where they fit
     done = [[] for _ in prompts]
     with sandbox.progress_bar(len(rows), progress) as bar:
         for start in range(0, len(rows), size):
@@ -521,8 +524,8 @@ class RoomyLayer(DynamicLayer):
 def generate_batch(model, tokenizer, prompts, temperature, cfg):
     """One response to each prompt, all at once -> list of (token ids, logprobs)."""
     eos, device = tokenizer.eos_token_id, model.device
-    different = {tuple(ids): k for k, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    batch = make_batch(list(different), [[]] * len(different))
+    row_of = {ids: k for k, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}  # each once
+    batch = make_batch(list(row_of), [[]] * len(row_of))
     inputs, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
@@ -539,7 +542,7 @@ def generate_batch(model, tokenizer, prompts, temperature, cfg):
             logits_to_keep=1,
         ).logits[:, -1]
         if t == 0:  # from prompts to responses
-            places = torch.tensor([different[tuple(ids)] for ids in prompts], device=device)
+            places = torch.tensor([row_of[tuple(ids)] for ids in prompts], device=device)
             cache.batch_select_indices(places)
             logits, mask = logits[places], mask[places]
         distribution = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
@@ -709,21 +712,18 @@ def pair_accuracy(pairs, seed):
     Beside it the share that 'the shorter is better' gets right: an RM may have learned only that.
     A tie counts half.
     """
-
-    def right(a, b):
-        return 1.0 if a > b else 0.5 if a == b else 0.0
-
-    rewards = [right(a["rm_score"], b["rm_score"]) for a, b in pairs]
-    lengths = [right(-len(a["response"]), -len(b["response"])) for a, b in pairs]
+    rewards = [a["rm_score"] - b["rm_score"] for a, b in pairs]
+    lengths = [len(b["response"]) - len(a["response"]) for a, b in pairs]
+    rewards, lengths = 0.5 + 0.5 * np.sign([rewards, lengths])  # 1, 0.5 or 0
     prompts = [a["task_id"] for a, _ in pairs]
     low, high = clustered_interval(rewards, prompts, np.random.default_rng(seed))
     return {
         "pairs": len(pairs),
         "prompts": len(set(prompts)),
-        "accuracy": sum(rewards) / len(pairs),
+        "accuracy": rewards.mean(),
         "low": low,
         "high": high,
-        "shorter_is_better": sum(lengths) / len(pairs),
+        "shorter_is_better": lengths.mean(),
     }
 
 

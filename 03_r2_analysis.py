@@ -266,7 +266,7 @@ def read_samples(path, cfg):
         n = min(map(len, prompts.values()))
         for task_id, pairs in prompts.items():
             # An iteration of stage 4 in which two passes over the prompts meet can hold one twice.
-            if n < 2 or len(pairs) > n and (iteration is None or len(pairs) % n):
+            if n < 2 or (len(pairs) > n and (iteration is None or len(pairs) % n)):
                 sandbox.fail(
                     f"{path}: {policy} has {len(pairs)} responses to {task_id} and {n} to another; "
                     "a filter needs the same number for each prompt, at least 2"

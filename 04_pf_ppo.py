@@ -89,9 +89,8 @@ class Config:
     iterations: int = 15  # rounds of generate, filter, update; paper: 5 passes over 3k prompts
     prompts_per_iteration: int = 48  # n; authors' scripts: 1024 responses in all
     responses_per_prompt: int = 5  # N; paper: 5
-    # In standard deviations of the RM's reward (--reward tests: shares of tests); not in the paper.
-    top: float = 0.5  # top*: scores above are kept
-    bottom: float = -0.5  # top_bottom: scores below are kept, too
+    top: float = 0.5  # top*: scores above are kept; in standard deviations of the RM's reward
+    bottom: float = -0.5  # top_bottom: scores below are kept, too (--reward tests: test shares)
     temperature: float = 1.0  # divides the logits in rollout, update and reference alike
     max_new_tokens: int = 96  # longest response, tokens; authors' scripts: 2048
     truncation_penalty: float = 1.0  # taken off the score of a response without EOS
@@ -329,13 +328,13 @@ def main(cfg):
     critic, reward_model = load_critic(cfg, tokenizer, device)
     prompt_ids = encode_prompts(tokenizer, problems, cfg.max_new_tokens, policy.config)
     validation_ids = encode_prompts(tokenizer, validation, cfg.max_new_tokens, policy.config)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
-    parts = {"policy": policy, "policy_optimizer": optimizer}
-    learners = {"policy": (policy, optimizer, actor_loss)}
+    policy_optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
+    parts = {"policy": policy, "policy_optimizer": policy_optimizer}
     if critic is not None:
-        optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, weight_decay=0.0)
-        parts |= {"critic": critic, "critic_optimizer": optimizer}
-        learners = {"critic": (critic, optimizer, critic_loss)} | learners
+        critic_optimizer = torch.optim.AdamW(
+            critic.parameters(), lr=cfg.critic_lr, weight_decay=0.0
+        )
+        parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
 
     # ---- start or resume. Each iteration seeds what is random in it, so weights, optimisers and
     # metrics are the whole state.
@@ -440,11 +439,14 @@ def main(cfg):
         clock.append(time.time())
 
         # ---- PPO epochs; the log has the statistics of the last one
+        rest = batch, cfg, generator, amp
         for _ in range(cfg.epochs):
-            for name, (model, optimizer, loss) in learners.items():
-                if name == "critic" or critic is None or iteration > cfg.critic_warmup:
-                    statistics = train_epoch(model, optimizer, loss, batch, cfg, generator, amp)
-                    line |= {f"{name}_{key}": value for key, value in statistics.items()}
+            if critic is not None:
+                statistics = train_epoch(critic, critic_optimizer, critic_loss, *rest)
+                line |= {f"critic_{name}": value for name, value in statistics.items()}
+            if critic is None or iteration > cfg.critic_warmup:
+                statistics = train_epoch(policy, policy_optimizer, actor_loss, *rest)
+                line |= {f"policy_{name}": value for name, value in statistics.items()}
         clock.append(time.time())
 
         # ---- log
@@ -758,7 +760,7 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [i for i in order for _ in range(repeats)]
     size = cfg.generate_batch_size
-    size = size - size % repeats or size  # whole prompts, where they fit
+    size = (size - size % repeats) or size  # whole prompts, where they fit
     done = [[] for _ in prompts]
     with sandbox.progress_bar(len(rows), progress) as bar:
         for start in range(0, len(rows), size):
@@ -795,8 +797,8 @@ class RoomyLayer(DynamicLayer):
 def generate_batch(model, tokenizer, prompts, temperature, cfg):
     """One response to each prompt, all at once -> list of (token ids, logprobs)."""
     eos, device = tokenizer.eos_token_id, model.device
-    different = {tuple(ids): k for k, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    batch = make_batch(list(different), [[]] * len(different))
+    row_of = {ids: k for k, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}  # each once
+    batch = make_batch(list(row_of), [[]] * len(row_of))
     inputs, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
@@ -813,7 +815,7 @@ def generate_batch(model, tokenizer, prompts, temperature, cfg):
             logits_to_keep=1,
         ).logits[:, -1]
         if t == 0:  # from prompts to responses
-            places = torch.tensor([different[tuple(ids)] for ids in prompts], device=device)
+            places = torch.tensor([row_of[tuple(ids)] for ids in prompts], device=device)
             cache.batch_select_indices(places)
             logits, mask = logits[places], mask[places]
         distribution = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
@@ -885,7 +887,7 @@ def take_rows(batch, rows, device):
     used, answered = part["attention_mask"].any(0), part["response_mask"].any(0)
     for name, field in part.items():
         whole = name in ("input_ids", "attention_mask")  # prompt and response
-        columns = used if whole else answered[: field.shape[1]]
+        columns = used if whole else answered[: field.shape[1]]  # all of a (B, 1) field
         part[name] = field[:, columns].to(device)
     return part
 

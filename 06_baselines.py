@@ -577,7 +577,7 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [i for i in order for _ in range(repeats)]
     size = cfg.generate_batch_size
-    size = size - size % repeats or size  # whole prompts, where they fit
+    size = (size - size % repeats) or size  # whole prompts, where they fit
     done = [[] for _ in prompts]
     with sandbox.progress_bar(len(rows), progress) as bar:
         for start in range(0, len(rows), size):
@@ -614,8 +614,8 @@ class RoomyLayer(DynamicLayer):
 def generate_batch(model, tokenizer, prompts, temperature, cfg):
     """One response to each prompt, all at once -> list of (token ids, logprobs)."""
     eos, device = tokenizer.eos_token_id, model.device
-    different = {tuple(ids): k for k, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    batch = make_batch(list(different), [[]] * len(different))
+    row_of = {ids: k for k, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}  # each once
+    batch = make_batch(list(row_of), [[]] * len(row_of))
     inputs, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
@@ -632,7 +632,7 @@ def generate_batch(model, tokenizer, prompts, temperature, cfg):
             logits_to_keep=1,
         ).logits[:, -1]
         if t == 0:  # from prompts to responses
-            places = torch.tensor([different[tuple(ids)] for ids in prompts], device=device)
+            places = torch.tensor([row_of[tuple(ids)] for ids in prompts], device=device)
             cache.batch_select_indices(places)
             logits, mask = logits[places], mask[places]
         distribution = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
@@ -704,7 +704,7 @@ def take_rows(batch, rows, device):
     used, answered = part["attention_mask"].any(0), part["response_mask"].any(0)
     for name, field in part.items():
         whole = name in ("input_ids", "attention_mask")  # prompt and response
-        columns = used if whole else answered[: field.shape[1]]
+        columns = used if whole else answered[: field.shape[1]]  # all of a (B, 1) field
         part[name] = field[:, columns].to(device)
     return part
 
