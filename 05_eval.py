@@ -119,7 +119,6 @@ def main(cfg):
     device, amp = set_up(cfg)
     benchmarks, encoded, reward_model = read_inputs(cfg)
     results, records, first = [], [], {}
-    policy = None
 
     for path in cfg.policies:
         if path != "canonical":

@@ -80,7 +80,7 @@ class Config:
     truncation_penalty: float = 1.0  # taken off the score of a response without EOS
     beta: float = 0.1  # dpo, ipo, kto: pull to the reference, reward per nat
     rounds: int = 3  # iterative_dpo: rounds of ceil(iterations / rounds); paper: 3
-    anchor_every: int = 15  # bond: iterations after which the anchor moves to the policy
+    anchor_every: int = 15  # bond: iterations until the anchor moves to the policy; here never
     epochs: int = 1  # passes over the chosen responses of an iteration
     minibatch_size: int = 48  # responses per optimiser step: 24 pairs, or 9 prompts of bond
     micro_batch_size: int = 48  # responses per forward and backward pass; changes memory only

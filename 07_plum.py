@@ -314,8 +314,8 @@ def main(cfg):
         requests = [request_ids[i] for i in tasks]
         task_problems = [problems[i] for i in tasks]
         row_problems = [problem for problem in task_problems for _ in range(per_prompt)]
-        with amp, without_adapters(None if cfg.online else reference):
-            sampler = policy if cfg.online else reference
+        sampler = policy if cfg.online else reference
+        with amp, contextlib.nullcontext() if cfg.online else without_adapters(reference):
             responses, _ = generate(
                 sampler, tokenizer, prompts, per_prompt, cfg.temperature, cfg, "sampling"
             )

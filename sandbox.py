@@ -739,7 +739,8 @@ def read_problems(path):
 
     A test is a string of statements, or {"input": ..., "output": ...} if a program reads stdin.
     """
-    problems = read_jsonl(path, {"task_id": str, "prompt": str} | TESTED, unique=["task_id"])
+    fields = {"task_id": str, "prompt": str, "solution": TEXT} | TESTED
+    problems = read_jsonl(path, fields, unique=["task_id"])
     for problem in problems:
         check_tests(problem, path)
         if not problem["prompt"]:
@@ -875,11 +876,10 @@ def finished(cfg, directory, resume=False):
         advice = "add --resume to go on, or " if resumable else ""
         fail(f"{directory} holds no finished run; {advice}delete it or choose another --out")
     old = json.loads(marks[0 if complete else 1].read_text(encoding="utf-8"))
-    changed = [
-        f"{name} was {old.get(name)!r}, now {value!r}"
-        for name, value in dataclasses.asdict(cfg).items()
-        if name not in FREE_FLAGS and old.get(name) != value
-    ]
+    new = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_FLAGS}
+    if not new.keys() <= old.keys():
+        fail(f"{directory} is of another stage or version; delete it or choose another --out")
+    changed = [f"{k} was {old[k]!r}, now {v!r}" for k, v in new.items() if old[k] != v]
     if changed:
         fail(
             f"{directory} was made with other settings ({'; '.join(changed)}); "

@@ -341,7 +341,7 @@ def test_a_killed_run_resumes_to_the_same_result(pipeline):
         ({"gamma": 1.5}, "--gamma 1.5"),
         ({"kl_control": "adaptive", "kl_target": 0.0}, "--kl_target"),
         ({"kl_control": "adaptive", "kl_horizon": 1}, "--kl_horizon"),
-        ({"out": "out/sft"}, "out/sft"),
+        ({"out": "out/sft"}, "out/sft is of another stage"),
         ({"out": "data/tiny/ppo.jsonl/ppo"}, "cannot be written"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -51,6 +51,7 @@ def test_what_people_have_is_read(tmp_path, content, zipped):
         (lines({**PROBLEM, "task_id": True}), "'task_id'"),
         (lines({k: v for k, v in PROBLEM.items() if k != "prompt"}), "'prompt'"),
         (lines({**PROBLEM, "entry_point": 3}), "'entry_point'"),
+        (lines({**PROBLEM, "solution": 3}), "'solution'"),
         (lines(PROBLEM, {**PROBLEM, "prompt": "q"}), "line 2: field 'task_id' repeats"),
         (lines({**PROBLEM, "prompt": ""}), "'prompt'"),
         (with_tests([]), "'tests'"),
