@@ -208,8 +208,8 @@ def main(cfg):
     if sandbox.finished(cfg, out):
         print((out / "table.txt").read_text(encoding="utf-8"))
         return
-    if not cfg.samples or cfg.bins < 2:
-        sandbox.fail("--samples needs a file, --bins at least 2")
+    if not cfg.samples or cfg.bins < 2 or cfg.draws < 1 or cfg.resamples < 1:
+        sandbox.fail("--samples, --draws and --resamples need at least 1, --bins at least 2")
 
     # ---- read: rewards in standard deviations and actual scores, (P, N) for each policy
     samples = [group for path in cfg.samples for group in read_samples(path, cfg)]

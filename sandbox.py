@@ -825,8 +825,8 @@ FREE_FLAGS = {
 
 def check_numbers(cfg):
     """Refuse, before any work, numbers with which nothing could run or be learned."""
-    positive = ("beta", "draws", "epochs", "iterations", "kl_target", "layers", "max_grad_norm")
-    positive += ("resamples", "rounds", "temperature", "timeout")
+    positive = ("beta", "epochs", "iterations", "kl_target", "layers", "max_grad_norm")
+    positive += ("rounds", "temperature", "timeout")
     counts = ("_size", "_every", "_iteration", "_prompt", "_responses", "_tokens")
     shares = ("gamma", "label_noise", "lam", "warmup")
     for name, value in dataclasses.asdict(cfg).items():
