@@ -56,6 +56,7 @@ SHAPES = {
     "bytearray": lambda x, base: [base.decode(x, "latin-1"), "latin-1"],
     "dict": lambda x, base: [[[k, v] for k, v in dict.items(x)]],
     "complex": attributes("real imag"),
+    "array.array": lambda x, base: [x.typecode, base.tolist(x)],
     "range": attributes("start stop step"),
     "slice": attributes("start stop step"),
     "dict_keys": lambda x, base: [list(x)],
@@ -146,8 +147,6 @@ def unpack(data, handle):
         return dict(enumerate(parts[0])).values()
     if tag == "dict_items":
         return dict(parts[0]).items()
-    if tag == "collections.defaultdict" and not isinstance(parts[0], type):
-        parts[0] = None
     module, _, name = tag.rpartition(".")
     module = __import__(module or "builtins")
     if module.__name__ == "numpy":
@@ -247,6 +246,7 @@ def make_module(code, name="solution"):
     module.__file__ = "solution.py"
     module.__loader__ = SimpleNamespace(get_source=lambda name: code)
     sys.modules["solution"] = sys.modules["__main__"] = module
+    builtins.exit = builtins.quit = sys.exit  # as in any interpreter
     return module
 
 
@@ -279,9 +279,9 @@ def describe(error):
     return text[:1000].replace("\n", " ") + place
 
 
-COMPARE = "lt le gt ge"
-COMPUTE = "add sub mul truediv floordiv mod pow and or xor matmul"
-OPERATORS = f"{COMPARE} {COMPUTE} eq abs neg contains getitem setitem delitem"
+COMPARE = "lt le gt ge sub isub"  # `abs(f(1) - 3)`: f's object must not hear of the 3
+COMPUTE = "add mul truediv floordiv mod pow and or xor matmul iadd imul"
+OPERATORS = f"{COMPARE} {COMPUTE} eq abs neg pos invert index contains getitem setitem delitem"
 FUNCTIONS = """bool len int float round iter next str repr hash format reversed getattr setattr
     isinstance issubclass"""
 ACTIONS = {name: getattr(operator, f"__{name}__") for name in OPERATORS.split()}
@@ -370,7 +370,7 @@ class CannotSend(BaseException):
 
 
 # What may change the length of an object.
-CHANGES = {"call", "method", "setattr", "setitem", "delitem", *COMPUTE.split()}
+CHANGES = {"call", "method", "setattr", "setitem", "delitem", "sub", "isub", *COMPUTE.split()}
 
 
 class Remote:
@@ -550,7 +550,11 @@ class Proxy:
         return length
 
     def __instancecheck__(self, x):
-        return isinstance(x, Proxy) and self._remote.ask("isinstance", x, self) is True
+        if isinstance(x, Proxy):
+            return self._remote.ask("isinstance", x, self) is True
+        # Of U's named tuples, IntEnums and exceptions, J has made classes of the same name.
+        made = type(x).__module__ == __name__
+        return made and type(x).__name__ == self._remote.ask("getattr", self, "__name__")
 
     def __subclasscheck__(self, x):
         return isinstance(x, Proxy) and self._remote.ask("issubclass", x, self) is True
@@ -608,9 +612,9 @@ for _name in ("getitem", "setitem", "delitem", "next", "str", "repr", "format", 
     setattr(Proxy, f"__{_name}__", forward(_name))
 for _name in f"{COMPARE} {COMPUTE}".split():
     setattr(Proxy, f"__{_name}__", between(_name))
-for _name in ("int", "float", "abs", "neg", "round", "contains"):
+for _name in ("int", "float", "abs", "neg", "pos", "invert", "index", "round", "contains"):
     setattr(UnderTest, f"__{_name}__", forward(_name))
-for _name in ("add", "mul", "truediv"):
+for _name in COMPUTE.split():
     setattr(UnderTest, f"__{_name}__", with_data(_name))
     setattr(UnderTest, f"__r{_name}__", with_data(_name, swapped=True))
 
@@ -652,7 +656,8 @@ MODULES = set(PLAIN.split())
 WORDS = """
     redirect_stdout redirect_stderr patch mock StringIO stdout stdin stderr capsys monkeypatch
     asyncio globals locals vars eval exec open input environ seed setstate setrecursionlimit
-    getcontext setcontext localcontext modules allow_pickle __import__ __dict__ __globals__"""
+    getcontext setcontext localcontext modules allow_pickle __import__ argv assertIs assertIsNot
+    assertLogs assertNoLogs assertWarns assertWarnsRegex SystemExit KeyboardInterrupt"""
 SHARED = set(WORDS.split())
 # Names that tests use without an import, since candidates have them: they are the library's.
 LIBRARY = {"deepcopy": "copy", "Decimal": "decimal", "Fraction": "fractions"}
@@ -674,6 +679,7 @@ def plan(setup, tests, entry_point):
         for tree in trees[1:]:
             refuse_empty(tree)
         call_what_nobody_calls(trees, entry_point)
+        trees.insert(0, ast.Module([n for n in trees[0].body if isinstance(n, EARLY)], []))
         codes = [compile(tree, "tests.py", "exec", dont_inherit=True) for tree in trees]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     words = [node for node in nodes if isinstance(node, ast.Name)]
@@ -692,7 +698,7 @@ def plan(setup, tests, entry_point):
     library = names & ((MODULES | {"np"}) - called | (LIBRARY.keys() if entry_point else set()))
     names = names - library | ({entry} & used)  # only the entry point may hide a builtin
     called = names & (called | passed & {entry})
-    why = why_one_process(nodes, names)
+    why = why_one_process(nodes, names | {"candidate"}, names - called)
     if not names and "solution" not in why:
         raise ValueError("the tests ask nothing of the candidate")
     return {
@@ -714,6 +720,7 @@ def first_name(entry_point):
 
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+EARLY = (ast.Import, ast.ImportFrom, ast.ClassDef)  # a candidate's annotations may name them
 
 
 def definitions(nodes):
@@ -777,29 +784,44 @@ def runs_unittest(node):
 
 
 EXCEPTIONS = ("Error", "Exception", "Warning")
+CHANGING = ("append", "extend", "insert", "remove", "pop", "clear", "update", "discard")
 
 
-def why_one_process(nodes, names):
+def why_one_process(nodes, names, read):
     """What these tests do that takes the candidate in their own process, or ""."""
+    given = dict.fromkeys(read, True)  # what holds things of the candidate: whether plain data
 
     def of_candidate(node):
         return names & {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
+    def is_given(place):
+        text = ast.unparse(place)  # log; tree.children
+        return given.get(text) or text.startswith(tuple(x + end for x in given for end in ".["))
+
     for node in nodes:
         match node:
+            case ast.Assign(targets=[target], value=value) if found := of_candidate(value):
+                is_data = not any(name[:1].isupper() for name in found)
+                given |= {ast.unparse(x): is_data for x in getattr(target, "elts", [target])}
             case ast.Name(id=word) | ast.Attribute(attr=word) | ast.keyword(arg=word) if (
                 word in SHARED - names
             ):
                 return f"use {word}"
-            case ast.Name(id="compile", ctx=ast.Load()):
-                return "use compile"
+            case ast.Call(func=ast.Name(id="compile" | "id" as word)):
+                return f"use {word}"
+            case ast.Attribute(attr=word) if re.fullmatch("__(?!name|init).*__", word):
+                return f"use {word}"
+            case ast.Subscript(value=place, ctx=ast.Store() | ast.Del()) if is_given(place):
+                return "change what the candidate gave"
+            case ast.Attribute(value=place, attr=word) if word in CHANGING and is_given(place):
+                return "change what the candidate gave"
             case ast.Name(id=word) if word in names and word.endswith(EXCEPTIONS):
                 return f"name the candidate's {word}"
             case ast.ExceptHandler(type=ast.AST() as kind) if of_candidate(kind):
                 return "catch an exception of the candidate"
-            case ast.Call(func=ast.Attribute(attr=word), args=[kind, *_]) if word.startswith(
-                "assertRaises"
-            ) and of_candidate(kind):
+            case ast.Call(ast.Attribute(attr=word), [x, *_]) if "Raises" in word and of_candidate(
+                x
+            ):
                 return "expect an exception of the candidate"
             case ast.Import() | ast.ImportFrom() if not plain_import(node):
                 return f"import {getattr(node, 'module', None) or node.names[0].name}"
@@ -830,7 +852,8 @@ def plain_import(node):
 def compares_identities(node, names):
     """`f(x) is x`, but not `f(x) is None`, whose right side is the same object everywhere."""
     sides = [node.left, *node.comparators]
-    if not any(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+    types = any(isinstance(side, ast.Call) and is_constant(side) for side in sides)
+    if not types and not any(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
         return False
     theirs = any(isinstance(side, ast.Name) and side.id in names for side in sides)
     return theirs or not any(map(is_constant, sides))
@@ -855,7 +878,8 @@ def repeats(node, values):
 def same_output(expected, output):
     """Whether a program's stdout is what a test expects.
 
-    Blanks at the end of lines and blank lines at the end aside; 1.0 for 1 is the same.
+    Blanks at the end of lines and blank lines at the end aside; 1.0 for 1 is the same. Blanks
+    between words are a drawing's, but not those between numbers.
     """
     expected, output = expected.rstrip().splitlines(), output.rstrip().splitlines()
     if len(expected) != len(output):
@@ -863,7 +887,8 @@ def same_output(expected, output):
     for line, found in zip(expected, output):
         if line.rstrip() == found.rstrip():
             continue
-        words, found = line.split(), found.split()
+        blanks = r"(\s+)" if re.search(r"[^\s\d.eE+-]", line) else r"\s+"
+        words, found = [re.split(blanks, text.rstrip()) for text in (line, found)]
         if len(words) != len(found) or not all(map(same_word, words, found)):
             return False
     return True
@@ -912,7 +937,7 @@ def run_tests(
 
     The same loop in J and in U. Our tools are arguments: a candidate in U can replace builtins.
     """
-    setup, *tests = marshal.loads(codes)
+    _, setup, *tests = marshal.loads(codes)
     said_first = False
     for number, test in enumerate(tests):
         found = None
@@ -974,6 +999,8 @@ def run_together(size, line):
     send = caller.send
     job = marshal.loads(caller.take(size))
     module = make_module(job["code"])
+    with contextlib.suppress(BaseException):
+        exec(marshal.loads(job["codes"])[0], module.__dict__)
     failure = load(job["code"], module)
     if failure:
         return send(message({"failure": failure}))
@@ -992,14 +1019,17 @@ def run_program(size, line):
     caller = Line(line)
     code = marshal.loads(caller.take(size))["code"]
     sys.argv[:] = ["solution.py"]
-    failure, exit_code = None, 0
+    failure, exit_code, module = None, 0, make_module(code, "__main__")
     try:
-        failure = load(code, make_module(code, "__main__"))
+        failure = load(code, module)
     except SystemExit as end:
         exit_code = 0 if end.code is None else end.code if isinstance(end.code, int) else 1
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
+    module.__dict__.clear()  # files that it left open are written
+    for file in (sys.stdout, sys.__stdout__):
+        with contextlib.suppress(ValueError):  # it has closed it
+            file.flush()
     if failure:
         caller.send(message({"failure": failure}))
     return exit_code & 255

@@ -479,7 +479,7 @@ def program(problem, response):
     likely = [block for block in reversed(blocks) if looks_defined(block, name)] + blocks[:1]
     likely = [*likely[:1], FENCE.sub(r"\g<before>\n", text)]  # a fence may only end the code
     found = [whole for code in likely if (whole := longest_program(prefix, code, name))]
-    return found[0] if found else join(prefix, likely[0], name)
+    return found[0] if found else prefix + likely[0]
 
 
 def code_blocks(text):
@@ -588,13 +588,14 @@ def forms(prefix, code, name):
     method = re.findall(r"^[ \t]+(?:async )?def (\w+)", rest, re.M)[-1:]
     if header and method and looks_defined(body, method[0]):
         yield start + rest[: header.end()] + textwrap.indent(body, "    ")
-    if looks_defined(code, name) or not prefix:
-        yield start + code
+    if looks_defined(body, name) or not prefix:
+        yield start + (code if looks_defined(code, name) else body)
     yield prefix + code  # its body
     yield start + code
     indents = {len(line) - len(line.lstrip(" ")) for line in rest.splitlines() if line.strip()}
     for indent in {max(indents, default=0) + 4: 0, 4: 0}:
         yield prefix.rstrip() + "\n" + textwrap.indent(body, " " * indent)
+        yield prefix.rstrip() + "\n" + " " * indent + code  # the answer has been stripped
 
 
 def assemble(prefix, code, name):
@@ -635,7 +636,7 @@ def longest_program(prefix, code, name):
         end = len(lines)
         for _ in range(20):  # up to the first line that is no Python, as the parser sees it
             part = "\n".join(lines[start:end]) + "\n"
-            if whole := assemble(prefix, part, name):
+            if part.strip() and (whole := assemble(prefix, part, name)):
                 return whole
             before = complete_part(prefix) if looks_defined(part, name) else prefix
             end = min(end - 1, start + error_line(before + part) - 1 - before.count("\n"))
@@ -652,13 +653,6 @@ def error_line(code):
     except Exception:
         return 0
     return code.count("\n") + 1
-
-
-def join(prefix, code, name):
-    """Prefix and code where no form of them is a program."""
-    if looks_defined(code, name):
-        return complete_part(prefix) + code
-    return (prefix.rstrip(" \t") if code[:1] in (" ", "\t") else prefix) + code
 
 
 # ---------------------------------------- records: problems and samples as JSONL

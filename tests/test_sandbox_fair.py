@@ -233,6 +233,31 @@ STYLES = {
         "",
         "split",
     ),
+    # ---- aliases in what the candidate gave
+    "rows that are one list": ("def f(n): return [[0] * n for _ in range(n)]", ("[[0] * n for _ in range(n)]", "[[0] * n] * n"), "g = f(2)\ng[0][0] = 1\nassert g == [[1, 0], [0, 0]]", "", "in_process"),
+    "a copy": ("import copy\ndef f(x): return copy.deepcopy(x)", ("copy.deepcopy(x)", "list(x)"), "a = [[1]]\nb = f(a)\nb[0].append(2)\nassert a == [[1]]", "", "in_process"),
+    "a copy in check": ("import copy\ndef f(x): return copy.copy(x)", ("copy.copy(x)", "x"), "def check(candidate):\n    a = [1]\n    b = candidate(a)\n    b.append(2)\n    assert a == [1]", "", "in_process"),
+    "a list in an object": ("class Box:\n    def __init__(self): self.kids = []\n    def n(self): return len(self.kids)", ("len(self.kids)", "0"), "a, b = Box(), Box()\na.kids.append(b)\nassert a.n() == 1 and b.n() == 0", "", "in_process"),
+    "an object that changes itself": ("class Box:\n    def __init__(self): self.a = []\n    def append(self, x): self.a.append(x); return len(self.a)", ("len(self.a)", "1"), "b = Box()\nassert b.append(1) == 1\nassert b.append(1) == 2", "", "split"),
+    "a global list that the tests change": ("log = []\ndef f(x): log.append(x); return len(log)", ("log.append(x); return len(log)", "return 1"), "f(1)\nassert len(log) == 1\nlog.clear()\nassert f(1) == 1 and log == [1]", "", "in_process"),
+    "a global that the tests set": ("CONFIG = {'k': 2}\ndef f(x): return x * CONFIG['k']", ("* CONFIG['k']", "* 2"), "assert f(2) == 4\nCONFIG['k'] = 5\nassert f(2) == 10", "", "in_process"),
+    "assertIsNot": ("def f(x): return x[:]", ("x[:]", "x"), "import unittest\nclass T(unittest.TestCase):\n    def test_it(self):\n        a = [1]\n        self.assertIsNot(f(a), a)", "", "in_process"),
+    "id": ("class Box:\n    it = None\n    def __new__(cls):\n        cls.it = cls.it or super().__new__(cls)\n        return cls.it", ("cls.it or ", ""), "a, b = Box(), Box()\nassert id(a) == id(b)", "", "in_process"),
+    # ---- what only the candidate's own process shows
+    "the cause of an exception": ("def f(x):\n    try: return int(x)\n    except ValueError as e: raise KeyError(x) from e", ("from e", "from None"), "try: f('a')\nexcept KeyError as e: assert isinstance(e.__cause__, ValueError)\nelse: assert 0", "", "in_process"),
+    "assertLogs": ("import logging\ndef f(): logging.warning('low')", ("warning", "info"), "import unittest\nclass T(unittest.TestCase):\n    def test_it(self):\n        with self.assertLogs(level='WARNING'): f()", "", "in_process"),
+    "assertWarns": ("import warnings\ndef f(): warnings.warn('old')", ("warnings.warn('old')", "pass"), "import unittest\nclass T(unittest.TestCase):\n    def test_it(self):\n        with self.assertWarns(UserWarning): f()", "", "in_process"),
+    "SystemExit": ("import sys\ndef f(): sys.exit(2)", ("2", "3"), "try: f()\nexcept SystemExit as e: assert e.code == 2\nelse: assert 0", "", "in_process"),
+    "argv": ("import sys\ndef f(): return sys.argv[1:]", ("[1:]", "[2:]"), "import sys\nsys.argv = ['p', 'a']\nassert f() == ['a']", "", "in_process"),
+    "a doc string": ("def f():\n    'Doc.'", ("Doc", "doc"), "assert f.__doc__ == 'Doc.'", "", "in_process"),
+    "the type of an object": ("class Box: pass\nclass Other: pass\ndef f(): return Box()", ("return Box", "return Other"), "assert type(f()) == Box", "", "in_process"),
+    "annotations with classes of the setup": ("from typing import Optional\ndef f(n: Optional[ListNode]) -> ListNode: return ListNode(n.val + 1)", ("+ 1", "+ 2"), "assert f(ListNode(1)).val == 2", LINKED, "in_process"),
+    # ---- values and operators
+    "isinstance of a named tuple": ("from collections import namedtuple\nBox = namedtuple('Box', 'x')\nBag = namedtuple('Bag', 'x')\ndef f(): return Box(1)", ("return Box", "return Bag"), "assert isinstance(f(), Box) and f().x == 1", "", "split"),
+    "a defaultdict's own default": ("from collections import defaultdict\ndef f(): return defaultdict(lambda: 5, a=1)", ("5", "6"), "assert f()['a'] == 1 and f()['b'] == 5", "", "split"),
+    "array": ("from array import array\ndef f(x): return array('i', x)", ("x)", "x[1:])"), "from array import array\nassert f([2, 1]) == array('i', [2, 1])", "", "split"),
+    "operators in place": ("class Box:\n    x = 1\n    def __iadd__(self, o): self.x += o.x; return self", ("return self", "return Box()"), "a = b = Box()\na += Box()\nassert b.x == a.x == 2", "", "split"),
+    "operators of a class under test": ("class Box:\n    def __init__(self, x): self.x = x\n    def __pow__(self, n): return Box(self.x ** n)\n    def __floordiv__(self, n): return Box(self.x // n)\n    def __invert__(self): return Box(-self.x)\n    def __index__(self): return self.x", ("-self.x", "self.x"), "assert (Box(3) ** 2).x == 9 and (Box(7) // 2).x == 3 and (~Box(3)).x == -3 and [1, 2][Box(1)] == 2", "", "split"),
 }  # fmt: skip
 
 
@@ -394,6 +419,10 @@ SUM = "import sys\nprint(sum(map(int, sys.stdin.read().split())))"
         "import atexit, io, sys\nout = io.StringIO()\natexit.register(lambda: sys.stdout.write(out.getvalue()))\nout.write(str(int(input()) + int(input())))",
         "print(int(input()) + int(input()))\nraise SystemExit",
         "print(float(int(input()) + int(input())))",
+        "print(int(input()) + int(input()))\nexit()",
+        "import atexit, io, sys\nsys.stdout = io.StringIO()\nprint(int(input()) + int(input()))\natexit.register(lambda: sys.__stdout__.write(sys.stdout.getvalue()))",
+        "import os\nout = os.fdopen(1, 'w')\nout.write(str(int(input()) + int(input())))",
+        "import sys\nprint(int(input()) + int(input()))\nsys.stdout.close()",
     ],
 )
 def test_a_program_that_reads_stdin(code):
@@ -432,6 +461,10 @@ def test_what_became_of_a_program_that_reads_stdin(code, status):
         ("1e3", "1000", True),
         ("0.10", ".1", False),
         ("1 2", "1  2", True),
+        ("  *\n * *", "  *\n * *", True),
+        ("  *", "*", False),
+        ("* *", "*  *", False),
+        ("x = 1.0", "x = 1", True),
         ("12", "1 2", False),
         ("a\nb", "a b", False),
         ("007", "7", False),

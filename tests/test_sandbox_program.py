@@ -63,6 +63,10 @@ ANSWERS = {
     "a method in a fence": (f"{F}python\ndef solve(self, xs):\n    return sorted(xs)\n{F}", CLASS),
     "a class": (f"{F}python\nclass Solution:\n    def solve(self, xs):\n        return sorted(xs)\n{F}", CLASS),
     "a body of a method": ("        return sorted(xs)\n", CLASS),
+    "a lone closing fence, words and a docstring": (f"{CODE}{F}\n\nThis function sorts the list.", FIB),
+    "a body that has been stripped": ("ys = list(xs)\n    return sorted(ys)", FIB),
+    "an indented function": (f"{F}python\n    def solve(xs):\n        return sorted(xs)\n{F}", FIB),
+    "an indented function, no prefix": ("    def solve(xs):\n        return sorted(xs)\n", BARE),
     "an answer cut off behind the function": (f"{F}python\n{CODE}\ndef test():\n    assert solve([", FULL),
 }  # fmt: skip
 
