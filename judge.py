@@ -59,9 +59,9 @@ SHAPES = {
     "array.array": lambda x, base: [x.typecode, base.tolist(x)],
     "range": attributes("start stop step"),
     "slice": attributes("start stop step"),
-    "dict_keys": lambda x, base: [list(x)],
-    "dict_values": lambda x, base: [list(x)],
-    "dict_items": lambda x, base: [list(x)],
+    "dict_keys": lambda x, base: [dict.fromkeys(x)],
+    "dict_values": lambda x, base: [dict(enumerate(x))],
+    "dict_items": lambda x, base: [dict(x)],
     "collections.Counter": lambda x, base: [dict(base.items(x))],
     "collections.OrderedDict": lambda x, base: [dict(base.items(x))],
     "collections.defaultdict": lambda x, base: [x.default_factory, dict(base.items(x))],
@@ -141,12 +141,8 @@ def unpack(data, handle):
     if tag not in SHAPES:
         raise ValueError("no such type")
     parts = [unpack(v, handle) for v in parts]
-    if tag == "dict_keys":
-        return dict.fromkeys(parts[0]).keys()
-    if tag == "dict_values":
-        return dict(enumerate(parts[0])).values()
-    if tag == "dict_items":
-        return dict(parts[0]).items()
+    if tag.startswith("dict_"):
+        return getattr(parts[0], tag.removeprefix("dict_"))()
     module, _, name = tag.rpartition(".")
     module = __import__(module or "builtins")
     if module.__name__ == "numpy":
@@ -746,27 +742,28 @@ def refuse_empty(tree):
 def call_what_nobody_calls(trees, entry_point):
     """Add a test runner's calls: check(entry_point), test functions, classes of tests."""
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    called = [node.func for node in nodes if isinstance(node, ast.Call)]
-    called = {function.id for function in called if isinstance(function, ast.Name)}
+    used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     for tree in trees:
-        calls = []
+        calls, never = [], []
         for node in tree.body:
             name = getattr(node, "name", "")
+            run = "__import__('asyncio').run" * isinstance(node, ast.AsyncFunctionDef)
             if isinstance(node, ast.ClassDef) and is_case(node):
                 calls.append(f"run_case({name})")
-            elif not isinstance(node, FUNCTION) or name in called:
+            elif not isinstance(node, (*FUNCTION, ast.ClassDef)) or name in used:
                 continue
             elif name == "check":
                 if not entry_point:
                     raise ValueError("check(candidate) needs an entry_point")
-                calls.append(f"check({entry_point})")
+                calls.append(f"{run}(check({entry_point}))")
             elif name.startswith("test"):
                 if len(node.args.args) > len(node.args.defaults) or node.args.kwonlyargs:
                     raise ValueError(f"{name} takes arguments, which only a test runner has")
-                run = "__import__('asyncio').run" * isinstance(node, ast.AsyncFunctionDef)
                 calls.append(f"{run}({name}())")
+            elif tree is not trees[0] and not node.decorator_list and not getattr(node, "bases", 0):
+                never.append(node)
         # `unittest.main()` would look for tests in another module, and end the process
-        tree.body = [node for node in tree.body if not runs_unittest(node)]
+        tree.body = [n for n in tree.body if n not in never and not runs_unittest(n)]
         # What the setup defines runs with the last test.
         place = trees[-1] if tree is trees[0] else tree
         place.body += ast.parse("\n".join(calls)).body
@@ -774,7 +771,11 @@ def call_what_nobody_calls(trees, entry_point):
 
 def is_case(node):
     bases = [ast.unparse(base) for base in node.bases]
-    return any(b.endswith("TestCase") for b in bases) or not bases and node.name.startswith("Test")
+    case = any(base.endswith("TestCase") for base in bases)
+    tests = [n for n in node.body if getattr(n, "name", "").startswith("test")]
+    if any(isinstance(n, ast.AsyncFunctionDef) for n in tests) and "Isolated" not in str(bases):
+        raise ValueError(f"{node.name}: nobody awaits its tests")
+    return case or node.name.startswith("Test") and (tests or not bases)
 
 
 def runs_unittest(node):

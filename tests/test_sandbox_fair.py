@@ -234,6 +234,9 @@ STYLES = {
         "split",
     ),
     # ---- aliases in what the candidate gave
+    "a class of tests with a base": (*DOUBLE, "class Base: pass\nclass TestF(Base):\n    def test_it(self): assert f(2) == 4", "", "in_process"),
+    "an async check": ("async def f(x): return x * 2", ("* 2", "* 3"), "x = 1", "async def check(candidate): assert await candidate(2) == 4", "in_process"),
+    "a definition of the tests that f registers": ("names = []\ndef f(g): names.append(g.__name__); return g", ("g.__name__", "1"), "@f\ndef g(): pass\nassert names == ['g']", "", "in_process"),
     "rows that are one list": ("def f(n): return [[0] * n for _ in range(n)]", ("[[0] * n for _ in range(n)]", "[[0] * n] * n"), "g = f(2)\ng[0][0] = 1\nassert g == [[1, 0], [0, 0]]", "", "in_process"),
     "a copy": ("import copy\ndef f(x): return copy.deepcopy(x)", ("copy.deepcopy(x)", "list(x)"), "a = [[1]]\nb = f(a)\nb[0].append(2)\nassert a == [[1]]", "", "in_process"),
     "a copy in check": ("import copy\ndef f(x): return copy.copy(x)", ("copy.copy(x)", "x"), "def check(candidate):\n    a = [1]\n    b = candidate(a)\n    b.append(2)\n    assert a == [1]", "", "in_process"),
@@ -289,6 +292,15 @@ NOTHING = {
     "no call": ["assert True"],
     "a loop over nothing": ["for x in []: assert f(x) == 3"],
     "a test function with arguments": ["def test_f(fixture):\n    assert f(1) == 3"],
+    "a coroutine that nobody runs": [
+        "import asyncio\nasync def main():\n    assert await f(1) == 3"
+    ],
+    "a class that nobody uses, in one process": [
+        "import io\nclass F:\n    def test_it(self): assert f(1) == 3"
+    ],
+    "async tests that nobody awaits": [
+        "import unittest\nclass T(unittest.TestCase):\n    async def test_it(self): assert f(1) == 3"
+    ],
     "an empty TestCase": ["import unittest\nclass T(unittest.TestCase): pass"],
     "a skipped test": [
         "import unittest\nclass T(unittest.TestCase):\n    @unittest.skip('x')\n    def test_it(self): f(1)"
