@@ -785,6 +785,7 @@ def runs_unittest(node):
 
 
 EXCEPTIONS = ("Error", "Exception", "Warning")
+BUILTINS = vars(builtins).keys()
 CHANGING = ("append", "extend", "insert", "remove", "pop", "clear", "update", "discard")
 
 
@@ -792,8 +793,8 @@ def why_one_process(nodes, names, read):
     """What these tests do that takes the candidate in their own process, or ""."""
     given = dict.fromkeys(read, True)  # what holds things of the candidate: whether plain data
 
-    def of_candidate(node):
-        return names & {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    def ids(node):
+        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
     def is_given(place):
         text = ast.unparse(place)  # log; tree.children
@@ -801,8 +802,10 @@ def why_one_process(nodes, names, read):
 
     for node in nodes:
         match node:
-            case ast.Assign(targets=[target], value=value) if found := of_candidate(value):
-                is_data = not any(name[:1].isupper() for name in found)
+            case ast.Assign(targets=[target], value=value) if ids(value) & (names | given.keys()):
+                is_data = not any(name[:1].isupper() for name in ids(value) & names)
+                # An object may keep its arguments.
+                given = dict.fromkeys(() if is_data else ids(value), True) | given
                 given |= {ast.unparse(x): is_data for x in getattr(target, "elts", [target])}
             case ast.Name(id=word) | ast.Attribute(attr=word) | ast.keyword(arg=word) if (
                 word in SHARED - names
@@ -818,12 +821,10 @@ def why_one_process(nodes, names, read):
                 return "change what the candidate gave"
             case ast.Name(id=word) if word in names and word.endswith(EXCEPTIONS):
                 return f"name the candidate's {word}"
-            case ast.ExceptHandler(type=ast.AST() as kind) if of_candidate(kind):
-                return "catch an exception of the candidate"
-            case ast.Call(ast.Attribute(attr=word), [x, *_]) if "Raises" in word and of_candidate(
-                x
-            ):
-                return "expect an exception of the candidate"
+            case ast.ExceptHandler(type=ast.AST() as kind) if ids(kind) - BUILTINS:
+                return "catch an exception that is no builtin"
+            case ast.Call(ast.Attribute(attr=f), [x, *_]) if "Raises" in f and ids(x) - BUILTINS:
+                return "expect an exception that is no builtin"
             case ast.Import() | ast.ImportFrom() if not plain_import(node):
                 return f"import {getattr(node, 'module', None) or node.names[0].name}"
             case ast.AsyncFunctionDef() | ast.Await() | ast.AsyncFor() | ast.AsyncWith():
@@ -879,8 +880,7 @@ def repeats(node, values):
 def same_output(expected, output):
     """Whether a program's stdout is what a test expects.
 
-    Blanks at the end of lines and blank lines at the end aside; 1.0 for 1 is the same. Blanks
-    between words are a drawing's, but not those between numbers.
+    Blanks at line ends, between numbers, blank lines at the end aside; 1.0 for 1 is the same.
     """
     expected, output = expected.rstrip().splitlines(), output.rstrip().splitlines()
     if len(expected) != len(output):

@@ -244,10 +244,13 @@ STYLES = {
     "an object that changes itself": ("class Box:\n    def __init__(self): self.a = []\n    def append(self, x): self.a.append(x); return len(self.a)", ("len(self.a)", "1"), "b = Box()\nassert b.append(1) == 1\nassert b.append(1) == 2", "", "split"),
     "a global list that the tests change": ("log = []\ndef f(x): log.append(x); return len(log)", ("log.append(x); return len(log)", "return 1"), "f(1)\nassert len(log) == 1\nlog.clear()\nassert f(1) == 1 and log == [1]", "", "in_process"),
     "a global that the tests set": ("CONFIG = {'k': 2}\ndef f(x): return x * CONFIG['k']", ("* CONFIG['k']", "* 2"), "assert f(2) == 4\nCONFIG['k'] = 5\nassert f(2) == 10", "", "in_process"),
+    "a list that an object keeps": ("class Box:\n    def __init__(self, a): self.a = a\n    def n(self): return len(self.a)", ("= a\n", "= list(a)\n"), "a = [1]\nb = Box(a)\na.append(2)\nassert b.n() == 2", "", "in_process"),
+    "a list that an object gives": ("class Box:\n    def __init__(self): self.a = [1]\n    def all(self): return list(self.a)", ("list(self.a)", "self.a"), "b = Box()\na = b.all()\na.append(2)\nassert b.all() == [1]", "", "in_process"),
     "assertIsNot": ("def f(x): return x[:]", ("x[:]", "x"), "import unittest\nclass T(unittest.TestCase):\n    def test_it(self):\n        a = [1]\n        self.assertIsNot(f(a), a)", "", "in_process"),
     "id": ("class Box:\n    it = None\n    def __new__(cls):\n        cls.it = cls.it or super().__new__(cls)\n        return cls.it", ("cls.it or ", ""), "a, b = Box(), Box()\nassert id(a) == id(b)", "", "in_process"),
     # ---- what only the candidate's own process shows
     "the cause of an exception": ("def f(x):\n    try: return int(x)\n    except ValueError as e: raise KeyError(x) from e", ("from e", "from None"), "try: f('a')\nexcept KeyError as e: assert isinstance(e.__cause__, ValueError)\nelse: assert 0", "", "in_process"),
+    "an exception of a library": ("import json\ndef f(x): return json.loads(x)", ("json.loads(x)", "x"), "import json\ntry: f('{')\nexcept json.JSONDecodeError as e: assert e.pos == 1\nelse: assert 0", "", "in_process"),
     "assertLogs": ("import logging\ndef f(): logging.warning('low')", ("warning", "info"), "import unittest\nclass T(unittest.TestCase):\n    def test_it(self):\n        with self.assertLogs(level='WARNING'): f()", "", "in_process"),
     "assertWarns": ("import warnings\ndef f(): warnings.warn('old')", ("warnings.warn('old')", "pass"), "import unittest\nclass T(unittest.TestCase):\n    def test_it(self):\n        with self.assertWarns(UserWarning): f()", "", "in_process"),
     "SystemExit": ("import sys\ndef f(): sys.exit(2)", ("2", "3"), "try: f()\nexcept SystemExit as e: assert e.code == 2\nelse: assert 0", "", "in_process"),
