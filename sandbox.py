@@ -107,7 +107,7 @@ def run_many(jobs, workers=None, on_result=None):
             errors.append(error)
             pool.stop()
 
-    count = min(len(jobs), workers or os.cpu_count() or 1)
+    count = min(len(jobs), max(1, workers or os.cpu_count() or 1))
     threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
     try:
         for thread in threads:
