@@ -211,8 +211,7 @@ def training(group, method, seed, *flags, pipeline=0, rm=None):
 
 
 def read_results():
-    records = sandbox.read_jsonl(RESULTS, {}) if RESULTS.is_file() else []
-    return [record for record in records if "name" in record]  # the first version's have none
+    return sandbox.read_jsonl(RESULTS, {}) if RESULTS.is_file() else []
 
 
 def call(command, log):
@@ -426,19 +425,22 @@ def correlations(r2, means, methods):
 def prediction_table(settings):
     """R2 of each filter before training, and whether it ranked what training gave."""
     head = ["setting", "pairs in order", *(f"R² {m}, pooled / within" for m in FILTERS)]
-    rows, columns, measured = [], [], []
+    rows, columns, without, measured = [], [], [], []
     for label, accuracy, r2, means in predictions(settings):
         measured.append(r2)
         pairs = {m: f"{x:.2f} / {r2['within'][m]:.2f}" for m, x in r2["pooled"].items()}
         cells = [pairs.get(m, "") for m in FILTERS]
         columns.append(correlations(r2, means, r2["pooled"]))
+        without.append(correlations(r2, means, [m for m in r2["pooled"] if m != "bon"]))
         rows.append([label, f"{accuracy:.3f}", *cells, *(f"{x:+.2f}" for x in columns[-1])])
     cells = []
     for m in FILTERS:
         values = [[r2[view].get(m, np.nan) for r2 in measured] for view in VIEWS]
         cells.append(" / ".join(cell(of_view, 1, 2) for of_view in values))
-    overall = [cell(column, 1, 2, "+") for column in zip(*columns)]
-    return markdown([*head, *CORRELATED], [*rows, ["mean", "", *cells, *overall]])
+    rows.append(["mean", "", *cells, *(cell(column, 1, 2, "+") for column in zip(*columns))])
+    overall = [cell(column, 1, 2, "+") for column in zip(*without)]
+    rows.append(["mean without bon", *[""] * 6, *overall])
+    return markdown([*head, *CORRELATED], rows)
 
 
 def number(value):
@@ -551,7 +553,7 @@ def plot_filters(settings, path):
         axis.grid(alpha=0.3, axis="x")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.axes[0].set_yticks(range(len(settings)), [label for label, *_ in settings])
-    figure.axes[0].invert_yaxis()
+    figure.axes[0].set_ylim(len(settings) - 0.5, -0.5)
     figure.savefig(path, dpi=110)
 
 
