@@ -79,13 +79,6 @@ PPO_FLAGS += ("--eval_every", 2, "--critic_warmup", 1)
 POLICIES = ("out/sft", "out/ppo_bw/last", "canonical")
 
 
-def pytest_collection_modifyitems(items):
-    """A file's tests run in one process, and so do all that read the pipeline: it runs once."""
-    for item in items:
-        group = "pipeline" if "pipeline" in item.fixturenames else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
     """A folder in which stages 0 to 5 have run once with default paths: {stage: its output}."""
