@@ -392,10 +392,10 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     with sandbox.progress_bar(len(rows), progress) as bar:
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            sampled = generate_batch(model, tokenizer, [prompts[i] for i in part], temperature, cfg)
+            batch = [prompts[i] for i in part]
+            sampled = generate_batch(model, tokenizer, batch, temperature, cfg, bar)
             for i, response in zip(part, sampled):
                 done[i].append(response)
-            bar.update(len(part))
     responses, logprobs = zip(*(response for group in done for response in group))
     return list(responses), list(logprobs)
 
@@ -421,7 +421,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def generate_batch(model, tokenizer, prompts, temperature, cfg):
+def generate_batch(model, tokenizer, prompts, temperature, cfg, bar):
     """One response to each prompt, all at once -> list of (token ids, logprobs)."""
     eos, device = tokenizer.eos_token_id, model.device
     row_of = {ids: k for k, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}  # each once
@@ -460,9 +460,11 @@ def generate_batch(model, tokenizer, prompts, temperature, cfg):
         if unfinished == 0:
             break
         if unfinished <= 0.8 * len(rows):  # it costs a copy of the cache: not for every row
+            bar.update(len(rows) - unfinished)
             cache.batch_select_indices(going.nonzero()[:, 0])
             rows, chosen, mask = rows[going], chosen[going], mask[going]
         inputs, mask = chosen, torch.cat([mask, torch.ones_like(chosen)], 1)
+    bar.update(len(rows))
     ids = [row[: row.index(eos) + 1] if eos in row else row for row in tokens.tolist()]
     return [(row, probs[: len(row)]) for row, probs in zip(ids, logprobs.tolist())]
 
