@@ -271,15 +271,31 @@ def summary(out):
     return record
 
 
+def to_do(recorded, only=""):
+    """The runs that are not recorded, in order, and those that they need and whose files are gone.
+
+    The files are not in the repository, so in a fresh clone recorded runs are made again for them.
+    """
+    runs = {run["name"]: run for run in plan()}
+    wanted = {name for name in runs if name not in recorded and only in name}
+    for name in list(wanted):
+        while name := runs[name]["needs"]:
+            command = runs[name]["commands"][0]
+            if not Path(command[command.index("--out") + 1]).exists():
+                wanted.add(name)
+    return [run for name, run in runs.items() if name in wanted]
+
+
 def run_all(cfg):
-    """The runs that are not in results.jsonl, `--jobs` at a time, until the budget is spent.
+    """What is to do, `--jobs` runs at a time, until the budget is spent.
 
     A run that fails is named, and what needs it waits for the next call.
     """
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    done = {record["name"] for record in read_results()}
-    waiting = [run for run in plan() if run["name"] not in done and cfg.only in run["name"]]
+    recorded = {record["name"] for record in read_results()}
+    waiting = to_do(recorded, cfg.only)
+    done = recorded - {run["name"] for run in waiting}
     RESULTS.parent.mkdir(exist_ok=True)
     lock, started, running, failed = threading.Lock(), time.time(), set(), []
 
@@ -297,8 +313,9 @@ def run_all(cfg):
                 continue
             try:
                 record = carry_out(run) | {"commit": commit}
-                with lock, open(RESULTS, "ab", buffering=0) as file:
-                    file.write(f"{json.dumps(record)}\n".encode())  # at once: no torn line
+                if run["name"] not in recorded:
+                    with lock, open(RESULTS, "ab", buffering=0) as file:
+                        file.write(f"{json.dumps(record)}\n".encode())  # at once: no torn line
                 done.add(run["name"])
                 minutes, test = (time.time() - started) / 60, record.get("test", "")
                 print(f"{minutes:5.1f} min  {run['name']} {test} {len(waiting)} to go", flush=True)
