@@ -178,6 +178,19 @@ def test_runs_are_carried_out_recorded_and_not_repeated(pipeline, monkeypatch, t
     assert tables.read_results() == done
 
 
+def test_what_a_run_needs_is_made_again_where_its_files_are_gone(tmp_path, monkeypatch):
+    """results.jsonl is in the repository, models and data are not."""
+    monkeypatch.chdir(tmp_path)
+    recorded = {f"main/0/{method}/0" for method in ("data", "sft", "rm", "none", "random2")}
+    names = [run["name"] for run in tables.to_do(recorded, "main/0/br")]
+    made_again = ["main/0/data/0", "main/0/sft/0", "main/0/rm/0"]
+    assert names[:4] == [*made_again, "main/0/br/0"] and len(names) == 3 + len(tables.SEEDS)
+    for folder in ("data/tables/0", "out/tables/main/0/rm/0"):
+        (tmp_path / folder).mkdir(parents=True)
+    names = [run["name"] for run in tables.to_do(recorded, "main/0/br")]
+    assert names[:2] == ["main/0/sft/0", "main/0/br/0"]
+
+
 @pytest.mark.parametrize(
     "flags, words", [(("show",), "tables.py run"), (("run", 1, 0), "--jobs 0")]
 )
