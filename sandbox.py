@@ -85,8 +85,10 @@ def run_many(jobs, workers=None, on_result=None):
     """Run jobs (dicts of `run`'s arguments), `workers` at a time, by default one for each core.
 
     Returns: list of Result in the order of the jobs; on_result(index, result) is called in it, too,
-    one call at a time, from a worker's thread.
+    one call at a time, from a worker's thread. ValueError for a negative number of workers.
     """
+    if (workers or 0) < 0:
+        raise ValueError(f"workers is {workers}; it must be at least 0, which is one for each core")
     if MISSING is None:
         look_for_holes()
     jobs = [checked(Job(**job)) for job in jobs]
@@ -107,7 +109,7 @@ def run_many(jobs, workers=None, on_result=None):
             errors.append(error)
             pool.stop()
 
-    count = min(len(jobs), max(1, workers or os.cpu_count() or 1))
+    count = min(len(jobs), workers or os.cpu_count() or 1)
     threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
     try:
         for thread in threads:

@@ -59,6 +59,20 @@ def sample(ppo, policy, prompts, repeats, temperature=1.0, **options):
     return ppo.generate(policy, Tokens(), prompts, repeats, temperature, cfg)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_bar_of_the_sampler_counts_each_response(ppo, llama_folder, monkeypatch, temperature):
+    """Rows that leave a batch early, those that stay to its end, and several batches."""
+    bars, make = [], ppo.sandbox.progress_bar
+    monkeypatch.setattr(
+        ppo.sandbox, "progress_bar", lambda *args: bars.append(make(*args)) or bars[-1]
+    )
+    cfg = ppo.Config(max_new_tokens=12, generate_batch_size=8)
+    prompts = [[2 + k, 5, 6] for k in range(6)]
+    ppo.generate(load_policy(ppo, llama_folder), Tokens(), prompts, 5, temperature, cfg, "sampling")
+    (bar,) = bars
+    assert bar.n == bar.total == 30
+
+
 # ------------------------------------------------------------------- padding changes nothing
 
 

@@ -42,3 +42,20 @@ def test_what_readme_shows_of_one_run_is_what_tiny_sh_printed():
     printed = read("results/tiny.txt").splitlines()
     assert len(shown.splitlines()) > 5
     assert set(shown.splitlines()) - set(printed) == {"..."}
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_a_method_has_its_own_numbers(page):
+    """A row of the table is the method's row of the whole pipelines, R2 that of their mean."""
+    whole = read("results/tables.md").split("## Whole pipelines")[1].split("## ")[0].splitlines()
+    (mean,) = [line.split("|")[3:8] for line in whole if line.startswith("| mean |")]
+    r2 = dict(zip(tables.FILTERS, map(intervals, mean)))
+    shown = {}
+    for method in ("sft", *tables.FILTERS):
+        name = "SFT" if (method, page) == ("sft", "README.md") else f"`{method}`"
+        rows = [line for line in read(page).splitlines() if line.startswith("|") and "±" in line]
+        (row,) = [row for row in rows if row.split("|")[1].endswith(f"{name} ")]
+        (there,) = [line for line in whole if line.startswith(f"| `{method}` |")]
+        shown[method] = intervals(row)
+        assert set(shown[method]) <= {*intervals(there), *r2.get(method, [])}
+    assert len(shown["bw"]) >= 4

@@ -105,6 +105,11 @@ def test_load(count):
     assert len([n for n in os.listdir("/dev/shm") if n.startswith("sandbox-")]) == scratches
 
 
+def test_a_negative_number_of_workers_is_refused():
+    with pytest.raises(ValueError, match="workers is -1"):
+        sandbox.run_many([dict(code="", tests=["assert f() == 1"])], workers=-1)
+
+
 def test_results_come_in_input_order():
     jobs = [
         dict(
