@@ -263,7 +263,7 @@ def serve(control, namespaces, site, cores):
         scratch = "/scratch/tmp"
     else:
         place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
-        scratch = f"{place}/sandbox-{os.urandom(6).hex()}/tmp"
+        scratch = f"{place}/sandbox-{os.getppid()}-{os.urandom(6).hex()}/tmp"
         os.makedirs(scratch)
     renew(scratch, namespaces)
     ours, theirs = socket.socketpair()
