@@ -1,7 +1,7 @@
 r"""Stage 0: problems in one format, from the built-in generator or from a public problem set.
 
 Writes  data/<dataset>/{sft,rm,ppo,validation,test}.jsonl, as far as the set has these splits;
-        data/tiny/plum.jsonl: the SFT problems again, with the task to write tests (07_plum.py).
+        data/tiny/plum.jsonl: the SFT problems, and again with the task to write tests (07_plum.py).
 
 A line of data/tiny/sft.jsonl, spread out:
 
@@ -83,7 +83,7 @@ def main(cfg):
     started = time.perf_counter()
     files = tiny_splits(cfg) if cfg.dataset == "tiny" else public_splits(cfg)
     if cfg.dataset == "tiny":
-        files["plum"] = plum_records(files["sft"], cfg.seed)
+        files["plum"] = files["sft"] + plum_records(files["sft"], cfg.seed)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

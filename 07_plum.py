@@ -12,21 +12,22 @@ trains on pairs of a passing and a failing response (arXiv 2406.06887):
     DPO    L = -log sigmoid(beta h),  h = log pi/pi_ref(y+) - log pi/pi_ref(y-)
     KTO    L = 1 - sigmoid(+-beta (log pi/pi_ref(y) - KL)),  + for y+, - for y-
 
-A small model must learn to write tests: before the first round it is fine-tuned on solutions and
-tests, mixed (the lesson). The result starts the policy, is the reference and writes all tests.
-An instruction-tuned model needs no lesson, only a request: see the second command.
+A small model must first learn to write tests: stage 1 fine-tunes it on solutions and tests, mixed.
+The result starts the policy, is the reference and writes all tests. An instruction-tuned model
+needs a request alone: see the third command.
 
-Reads data/tiny/ppo.jsonl, data/tiny/validation.jsonl, out/sft; for the lesson data/tiny/sft.jsonl
-and data/tiny/plum.jsonl: {"task_id": .., "prompt": "..# tests\\n", "solution": "assert ..\\n"}.
-True tests and solutions of ppo.jsonl serve the log alone: are tests and labels right?
+Reads data/tiny/ppo.jsonl, data/tiny/validation.jsonl, out/plum/sft. True tests and solutions of
+ppo.jsonl serve the log alone: are tests and labels right?
 
-Writes out/plum/sft (after the lesson) and out/plum/<loss>_<online or offline>/: best and last
-(ordinary Hugging Face folders, best by validation pass@1), metrics.jsonl, curves.png,
-tests/0001.jsonl ... and rollouts/0001.jsonl ... (every test with its votes, every response).
+Writes out/plum/<loss>_<online or offline>/: best and last (ordinary Hugging Face folders, best by
+validation pass@1), metrics.jsonl, curves.png, tests/0001.jsonl ... and rollouts/0001.jsonl ...
+(every test with its votes, every response).
 
 Run:
+    python 01_sft.py --model out/sft --data data/tiny/plum.jsonl --epochs 2 --lr 1e-3 \\
+        --out out/plum/sft
     python 07_plum.py --online
-    python 07_plum.py --policy MODEL --lesson_epochs 0 --outputs model --ask $'{prompt}\\nWrite ..'
+    python 07_plum.py --policy MODEL --outputs model --ask $'{prompt}\\nWrite ..'
 
 Different from the paper: the policy writes the tests, not a stronger model. A model of a million
 parameters computes few outputs right, so by default it writes inputs and the vote gives outputs.
@@ -35,7 +36,6 @@ parameters computes few outputs right, so by default it writes inputs and the vo
 import ast
 import contextlib
 import copy
-import dataclasses
 import random
 import re
 import shutil
@@ -54,14 +54,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
-    get_cosine_schedule_with_warmup,
 )
 from transformers.cache_utils import DynamicLayer
 
 import sandbox
 
 ASK_FOR_TESTS = "{prompt}# tests\n"  # as in plum.jsonl, which 00_data.py writes
-LESSON_BATCH = 64  # examples per optimiser step of the lesson
 MARK = "@plum@"  # starts the lines in which a program prints its outputs
 PANELS = {  # of curves.png
     "against the true tests and solutions": [
@@ -84,12 +82,7 @@ class Config:
     agreement: float = 0.5  # a kept test agrees with a larger share of the K responses
     data: str = "data/tiny/ppo.jsonl"  # problems to train on, JSONL
     validation: str = "data/tiny/validation.jsonl"  # problems that choose the best checkpoint
-    policy: str = "out/sft"  # model that takes the lesson, then is trained
-    lesson_solutions: str = "data/tiny/sft.jsonl"  # lesson: problems with solutions, JSONL
-    lesson_tests: str = "data/tiny/plum.jsonl"  # lesson: requests for tests, with tests, JSONL
-    lesson_model: str = "out/plum/sft"  # the model after the lesson; made where it is missing
-    lesson_epochs: int = 2  # passes over solutions and tests; 0: no lesson
-    lesson_lr: float = 1e-3  # peak learning rate of the lesson, with warm-up and cosine decay
+    policy: str = "out/plum/sft"  # model that can write solutions and tests
     ask: str = ASK_FOR_TESTS  # request for tests; {prompt} and {entry_point} are the problem's
     out: str = ""  # output folder; empty: out/plum/<loss>_<online or offline>
     iterations: int = 15  # rounds of write, sample, vote, train
@@ -114,7 +107,7 @@ class Config:
     bf16: Literal["auto", "on", "off"] = "auto"  # autocast, weights stay float32; auto: on a GPU
     lora_rank: int = 0  # train LoRA adapters of this rank (needs peft); 0: train all weights
     threads: int = 0  # PyTorch CPU threads, 0: PyTorch's choice
-    seed: int = 0  # order of the prompts, sampling, pairs, minibatches; the lesson has its own
+    seed: int = 0  # order of the prompts, sampling, pairs, minibatches
 
 
 # -------------------------------------------------------------------- tests: out of a text, votes
@@ -283,10 +276,9 @@ def main(cfg):
     sandbox.check_model(cfg.policy, policy=True)
     device, amp = set_up(cfg)
 
-    # ---- the lesson; its model starts the policy and is reference, writer and offline sampler
-    start = take_lesson(cfg, device, amp) if cfg.lesson_epochs else cfg.policy
-    tokenizer = load_tokenizer(start)
-    policy, reference = load_policy(start, tokenizer, cfg, device)
+    # ---- models: the starting policy is also reference, writer of tests and offline sampler
+    tokenizer = load_tokenizer(cfg.policy)
+    policy, reference = load_policy(cfg.policy, tokenizer, cfg, device)
     lr = cfg.lr or (5e-5 if cfg.online else 2e-5)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
     prompt_ids = encode_prompts(tokenizer, problems, cfg.max_new_tokens, policy.config)
@@ -407,7 +399,7 @@ def main(cfg):
                 results[k],
                 rm_score=None,
                 truncated=responses[k][-1] != tokenizer.eos_token_id,
-                policy=f"{out}/{iteration:04d}" if cfg.online else start,
+                policy=f"{out}/{iteration:04d}" if cfg.online else cfg.policy,
                 iteration=iteration,
                 label=labels[k],
                 kept=k in rows,
@@ -438,7 +430,7 @@ def main(cfg):
     print(f"saved {out}: best validation pass@1 {best:.3f}, {time.time() - started:.0f} s")
 
 
-# --------------------------------------------------------------------- settings, the lesson, models
+# --------------------------------------------------------------------- settings, models
 
 
 def check_flags(cfg):
@@ -450,56 +442,6 @@ def check_flags(cfg):
         sandbox.fail(f"--agreement {cfg.agreement}: it must be a share, less than 1")
     if "{prompt}" not in cfg.ask:
         sandbox.fail(f"--ask {cfg.ask!r} has no {{prompt}}, where the problem goes")
-
-
-def take_lesson(cfg, device, amp):
-    """Fine-tune the policy on solutions and tests, mixed -> the folder, also of an earlier run.
-
-    All runs should start from one model, so it does not depend on cfg.seed.
-    """
-    used = ("policy", "lesson_solutions", "lesson_tests", "lesson_epochs", "lesson_lr")
-    settings = dataclasses.replace(Config(), **{name: getattr(cfg, name) for name in used})
-    if sandbox.finished(settings, cfg.lesson_model):
-        return cfg.lesson_model
-    fields = {"task_id": str, "prompt": str, "solution": str}
-    requests = sandbox.read_jsonl(cfg.lesson_tests, fields)
-    ending = cfg.ask.rpartition("}")[2]
-    if not all(request["prompt"].endswith(ending) for request in requests):
-        sandbox.fail(f"{cfg.lesson_tests} asks for tests in other words than --ask {cfg.ask!r}")
-    examples = sandbox.read_jsonl(cfg.lesson_solutions, fields) + requests
-    tokenizer = load_tokenizer(cfg.policy)
-    model = load_model(AutoModelForCausalLM, cfg.policy, tokenizer).train().to(device)
-    batch = make_batch(
-        [encode_prompt(tokenizer, example["prompt"]) for example in examples],
-        [encode_response(tokenizer, example["solution"]) for example in examples],
-    )
-    lengths = batch["attention_mask"].sum(1)
-    rng, steps = torch.Generator().manual_seed(0), []
-    for _ in range(cfg.lesson_epochs):  # examples of similar length share a batch
-        for window in torch.randperm(len(examples), generator=rng).split(16 * LESSON_BATCH):
-            steps += window[lengths[window].argsort()].split(LESSON_BATCH)
-    random.Random(0).shuffle(steps)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lesson_lr, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, len(steps) // 20, len(steps))
-    with sandbox.progress_bar(len(steps), "lesson") as bar:
-        for rows in steps:
-            tokens = int(batch["response_mask"][rows].sum())
-            for part in rows.split(cfg.micro_batch_size):
-                mb = take_rows(batch, part, device)
-                with amp:
-                    logprobs = logprobs_of(model, mb, settings)  # at temperature 1
-                (-(logprobs * mb["response_mask"]).sum() / tokens).backward()
-            torch.nn.utils.clip_grad_norm_(
-                model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
-            )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            bar.update()
-    save_model(model, tokenizer, cfg.lesson_model)
-    sandbox.save_config(settings, cfg.lesson_model)
-    print(f"saved {cfg.lesson_model} after {len(steps)} steps of the lesson")
-    return cfg.lesson_model
 
 
 def load_policy(path, tokenizer, cfg, device):
@@ -662,18 +604,6 @@ def encode_prompts(tokenizer, problems, max_new_tokens, model_config):
                 f"{max_new_tokens} that exceeds the model's context of {context}"
             )
     return prompts
-
-
-def encode_response(tokenizer, response):
-    """Token ids of a response with its EOS, as they continue a prompt.
-
-    SentencePiece tokenizers put a space before a text, but not behind a line break.
-    """
-    ids = tokenizer(response, add_special_tokens=False).input_ids
-    if decode_response(tokenizer, ids) == " " + response:
-        start = tokenizer("\n", add_special_tokens=False).input_ids
-        ids = tokenizer("\n" + response, add_special_tokens=False).input_ids[len(start) :]
-    return ids + [tokenizer.eos_token_id]
 
 
 @torch.no_grad()

@@ -228,11 +228,7 @@ TESTS = [f"assert f({x}) == {y}\n" for x in (-2, 0, 3) for y in (x + 1, 2 * x)]
 FLAGS = dict(
     data="problems.jsonl",
     validation="problems.jsonl",
-    policy="./policy",
-    lesson_solutions="solutions.jsonl",
-    lesson_tests="tests.jsonl",
-    lesson_model="./taught",
-    lesson_lr=3e-3,
+    policy="taught",
     iterations=2,
     prompts_per_iteration=5,
     responses_per_prompt=6,
@@ -254,9 +250,9 @@ def write(path, records):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The stage as the reader types it, in a folder whose model writes a line of Python per token.
+    """Stages 1 and 7 as the reader types them, with a model that writes a line of Python per token.
 
-    So every response is a program, or tests, after a lesson of two seconds.
+    So every response is a program, or tests, after two seconds of stage 1.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -303,28 +299,11 @@ def finished_run(tmp_path_factory):
         text = TESTS[k // 8 % 6] + TESTS[(k // 8 + k) % 6]
         request = problem["prompt"] + "# tests\n"
         tests.append({"task_id": f"t/{k}", "prompt": request, "solution": text})
-    write(folder / "solutions.jsonl", solutions)
-    write(folder / "tests.jsonl", tests)
+    write(folder / "plum.jsonl", solutions + tests)
+    lesson = ["--model", "policy", "--data", "plum.jsonl", "--out", "taught"]
+    run_script("01_sft.py", *lesson, "--epochs", 15, "--lr", 3e-3, "--threads", 1, cwd=folder)
     flags = [text for name, value in FLAGS.items() for text in (f"--{name}", value)]
-    return folder, run_script("07_plum.py", "--lesson_epochs", 15, *flags, cwd=folder).stdout
-
-
-def test_the_lesson_teaches_to_write_tests(finished_run, plum):
-    """The taught model gives the tests of the lesson far more probability, nats per token."""
-    folder, losses = finished_run[0], []
-    tokenizer = plum.load_tokenizer(str(folder / "policy"))
-    records = read(folder / "tests.jsonl")[:24]
-    batch = plum.make_batch(
-        [plum.encode_prompt(tokenizer, record["prompt"]) for record in records],
-        [plum.encode_response(tokenizer, record["solution"]) for record in records],
-    )
-    for name in ("policy", "taught"):
-        model = plum.load_model(plum.AutoModelForCausalLM, str(folder / name), tokenizer)
-        with torch.no_grad():
-            logprobs = plum.logprobs_of(model, batch, plum.Config())
-        losses.append(-plum.masked_mean(logprobs, batch["response_mask"]).item())
-    assert losses[0] > math.log(23) - 0.3  # 23 tokens; the random model knows nothing
-    assert losses[1] < 2.0  # six tests, equally often, and an EOS after the second: log(36) / 3
+    return folder, run_script("07_plum.py", *flags, cwd=folder).stdout
 
 
 def test_the_stage_runs_and_logs(finished_run):
@@ -410,7 +389,7 @@ def test_online_runs_sample_from_the_policy(finished_run, plum, monkeypatch, tmp
     for online in (True, False):
         calls.clear()
         out = tmp_path / str(online)
-        plum.main(plum.Config(**FLAGS, lesson_epochs=15, out=str(out), online=online, **flags))
+        plum.main(plum.Config(**FLAGS, out=str(out), online=online, **flags))
         own = [] if online else [(1, True)]  # offline, one of the policy's own for the log
         assert calls == [(6, online), (2, False), *own] * 2
     metrics = read(tmp_path / "True/metrics.jsonl")
@@ -469,15 +448,13 @@ def test_micro_batches_change_nothing_and_pairs_stay_together(finished_run, plum
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
-def test_a_finished_run_and_its_lesson_are_reused(finished_run, plum, monkeypatch, capsys):
+def test_a_finished_run_is_kept(finished_run, plum, monkeypatch, capsys):
     monkeypatch.chdir(finished_run[0])
-    plum.main(plum.Config(**FLAGS, lesson_epochs=15))
+    plum.main(plum.Config(**FLAGS))
     assert "out/plum/dpo_offline is finished" in capsys.readouterr().out
-    for flags in (dict(lesson_epochs=14), dict(lesson_epochs=15, beta=0.3)):
-        with pytest.raises(SystemExit) as stop:
-            plum.main(plum.Config(**FLAGS, **flags))
-        assert stop.value.code == 2
-    assert "beta was 0.1, now 0.3" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        plum.main(plum.Config(**FLAGS, beta=0.3))
+    assert stop.value.code == 2 and "beta was 0.1, now 0.3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -492,11 +469,7 @@ def test_a_finished_run_and_its_lesson_are_reused(finished_run, plum, monkeypatc
         (dict(ask="tests, please"), "has no {prompt}"),
         (dict(data="nothing.jsonl"), "nothing.jsonl does not exist"),
         (dict(data="nameless.jsonl"), "no problem has an entry_point"),
-        (dict(lesson_model="other", lesson_tests="nothing.jsonl"), "nothing.jsonl does not exist"),
-        (dict(lesson_model="other", ask="{prompt}# checks\n"), "in other words than --ask"),
-        (dict(lesson_epochs=1), "taught was made with other settings"),
-        (dict(lesson_model="./policy"), "policy holds no finished run"),
-        (dict(policy="out/nothing", lesson_epochs=0), "no model at out/nothing"),
+        (dict(policy="out/nothing"), "no model at out/nothing"),
         (dict(max_new_tokens=64), "exceeds the model's context of 64"),
     ],
     ids=lambda value: str(value)[:24],
@@ -509,7 +482,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     write(finished_run[0] / "nameless.jsonl", [problem | {"entry_point": None}])
     before = sorted(finished_run[0].rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        plum.main(plum.Config(**{**FLAGS, "lesson_epochs": 15, "out": "bad", **flags}))
+        plum.main(plum.Config(**{**FLAGS, "out": "bad", **flags}))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.count("\n") == 1
     assert sorted(finished_run[0].rglob("*")) == before  # nothing written, nothing lost

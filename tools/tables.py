@@ -121,10 +121,13 @@ def plan():
             runs += [training(f"rm_{r}", m, seed, rm=f"rm_{r}/0/rm/0") for r in RMS]
             runs += [training(f"kl_{c}", m, seed, "--kl_coef", c) for c in KL_COEFS]
 
+    sft = "main/0/sft/0"  # learns to write tests, too
+    command = ["01_sft.py", "--model", f"out/tables/{sft}", "--data", "{data}/plum.jsonl"]
+    command += ["--out", "{out}", "--epochs", "2", "--lr", "1e-3", "--threads", "1", "--resume"]
+    evaluation = [*EVALUATION, "--policies", "{out}"]
+    runs.append(make_run("main", "plum_sft", 0, 0, sft, command, evaluation))
     others = [*OTHER_FILTERS, *BASELINES, *CRITIC_FREE, *PLUM]
     runs += [training("main", method, seed) for seed in SEEDS for method in others]
-    lesson = [*EVALUATION, "--policies", "out/tables/plum_sft"]
-    runs.append(make_run("main", "plum_sft", 0, 0, "main/0/plum_dpo/0", lesson))
     return runs
 
 
@@ -173,14 +176,12 @@ def profile_run(profile):
 
 def training(group, method, seed, *flags, pipeline=0, rm=None):
     """A training run, the evaluation of its last policy and, for a filter, R2 of its rollouts."""
+    policy = f"main/{pipeline}/sft/{pipeline}"
     rm = needs = rm or f"main/{pipeline}/rm/{pipeline}"
     if method in PLUM:
         online = ["--online"] if "online" in method else []
         command = ["07_plum.py", "--loss", method.split("_")[-1], *online]
-        command += ["--lesson_model", "out/tables/plum_sft", "--lesson_tests", "{data}/plum.jsonl"]
-        command += ["--lesson_solutions", "{data}/sft.jsonl"]
-        if (method, seed) != ("plum_dpo", 0):  # which gives the lesson
-            needs = "main/0/plum_dpo/0"
+        policy = needs = "main/0/plum_sft/0"
     elif method in BASELINES:
         command = ["06_baselines.py", "--method", method, "--reward_model", f"out/tables/{rm}"]
     else:
@@ -190,7 +191,7 @@ def training(group, method, seed, *flags, pipeline=0, rm=None):
             command = ["tools/controlled.py", "--samples", f"out/tables/{rm}/samples.jsonl"]
         command += ["--strategy", strategy, "--advantage", advantage, "--resume"]
         command += ["--reward_model", f"out/tables/{rm}"]
-    command += [*flags, "--policy", f"out/tables/main/{pipeline}/sft/{pipeline}"]
+    command += [*flags, "--policy", f"out/tables/{policy}"]
     command += ["--data", "{data}/ppo.jsonl", "--validation", "{data}/validation.jsonl"]
     command += ["--out", "{out}", *ONE_CORE]
     commands = [command, [*EVALUATION, "--policies", "{out}/last"]]
