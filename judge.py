@@ -669,8 +669,7 @@ def plan(setup, tests, entry_point):
     Returns: dict of what J needs, and `why`: why they need one process, or "".
     Raises ValueError or SyntaxError where the tests cannot be run or test nothing.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         trees = [ast.parse(source) for source in (setup, *tests)]
         for tree in trees[1:]:
             refuse_empty(tree)

@@ -529,8 +529,7 @@ def parses(code):
 @functools.lru_cache(maxsize=16)
 def parse(code):
     """The syntax tree of code that compiles; a `return` outside of a function parses."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with PARSING, warnings.catch_warnings(action="ignore"):
         try:
             compile(code, "solution.py", "exec", dont_inherit=True)
             return ast.parse(code)
@@ -648,7 +647,7 @@ def longest_program(prefix, code, name):
 
 def error_line(code):
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with PARSING, warnings.catch_warnings(action="ignore"):
             ast.parse(code)
     except SyntaxError as error:
         return error.lineno or 0
