@@ -37,15 +37,8 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.optimization import get_cosine_schedule_with_warmup
 
 import sandbox
 
@@ -118,7 +111,7 @@ def build_tokenizer(texts, vocab_size):
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<eos>",
@@ -165,7 +158,7 @@ def main(cfg):
         model = build_model(cfg, tokenizer)
     else:
         sandbox.check_model(cfg.model, policy=True)
-        tokenizer = load_tokenizer(cfg.model, cfg.plain)
+        tokenizer = sandbox.load_tokenizer(cfg.model, cfg.plain)
         model = load_model(AutoModelForCausalLM, cfg.model, tokenizer)
     context = getattr(model.config, "max_position_embeddings", None) or cfg.max_length
     if cfg.gradient_checkpointing:
@@ -290,38 +283,6 @@ def set_up(cfg):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def load_tokenizer(path, plain=False):
-    """A tokenizer whose EOS closes a response and whose pad token is another.
-
-    A chat template may close a turn with another token than the tokenizer's EOS (ChatML
-    <|im_end|>, Gemma <end_of_turn>). An instruction-tuned model emits that one, so it becomes the
-    EOS. A pad token equal to EOS would hide the EOS that we train.
-
-    Args: plain: drop the chat template, in saved copies, too.
-    """
-    sandbox.check_model(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if plain:
-        tokenizer.chat_template = None
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": "QUESTION"}]
-        chat.append({"role": "assistant", "content": "RESPONSE"})
-        try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False)
-            if "QUESTION" not in text:
-                raise ValueError("it does not show the user's message")
-        except Exception as error:  # templates raise what they like
-            sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
-        behind = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False).input_ids
-        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        closing = [i for i in behind if i in special]
-        if closing:
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
-    return tokenizer
-
-
 def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
@@ -372,7 +333,10 @@ def save_model(model, tokenizer, directory):
 def split_examples(records, tokenizer, limit, rng):
     """(prompt ids, response ids) pairs of at most `limit` tokens -> training, validation (5%)."""
     examples = [
-        (encode_prompt(tokenizer, r["prompt"]), encode_response(tokenizer, r["solution"]))
+        (
+            sandbox.encode_prompt(tokenizer, r["prompt"]),
+            sandbox.encode_response(tokenizer, r["solution"]),
+        )
         for r in records
     ]
     kept = [e for e in examples if len(e[0]) + len(e[1]) <= limit]
@@ -385,46 +349,6 @@ def split_examples(records, tokenizer, limit, rng):
     rng.shuffle(kept)
     held_out = max(1, round(0.05 * len(kept)))
     return kept[held_out:], kept[:held_out]
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt up to the first response token, by the chat template if there is one.
-
-    BOS comes from one place only, the template or the tokenizer. An EOS that the tokenizer appends
-    is removed, since the response follows.
-    """
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        # Llama 3 would write today's date into each prompt: the RM would see others tomorrow.
-        return tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024"
-        )
-    ids = tokenizer(prompt).input_ids
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def encode_response(tokenizer, response):
-    """Token ids of a response with its EOS, as they continue a prompt.
-
-    SentencePiece tokenizers put a space before a text, but not behind a line break.
-    """
-    ids = tokenizer(response, add_special_tokens=False).input_ids
-    if decode_response(tokenizer, ids) == " " + response:
-        start = tokenizer("\n", add_special_tokens=False).input_ids
-        ids = tokenizer("\n" + response, add_special_tokens=False).input_ids[len(start) :]
-    return ids + [tokenizer.eos_token_id]
-
-
-def decode_response(tokenizer, ids):
-    """The text of a response without its EOS, as it continues a prompt.
-
-    SentencePiece tokenizers drop a space at the start of a text: of "    return x" three would be
-    left, and no program would run. After a line break they keep all spaces.
-    """
-    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    start = tokenizer("\n", add_special_tokens=False).input_ids
-    text = tokenizer.decode(start + ids, clean_up_tokenization_spaces=False)
-    return text.removeprefix("\n")
 
 
 def length_grouped_batches(lengths, batch_size, rng):

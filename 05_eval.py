@@ -37,14 +37,8 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DynamicCache,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import sandbox
 
@@ -133,7 +127,7 @@ def main(cfg):
                 truncated = [False] * len(texts)
             else:
                 responses = respond(policy, tokenizer, prompt_ids[benchmark], cfg, amp, label)
-                full = [decode_response(tokenizer, ids) for ids in responses]
+                full = [sandbox.decode_response(tokenizer, ids) for ids in responses]
                 texts = [cut_at_stop(text, cfg.stop) for text in full]
                 truncated = [
                     ids[-1] != tokenizer.eos_token_id and text == cut
@@ -227,10 +221,10 @@ def read_inputs(cfg):
                     sandbox.fail(f"{problem['task_id']} has no solution; leave out canonical")
             continue
         sandbox.check_model(policy, policy=True)
-        tokenizer = load_tokenizer(policy, cfg.plain)
+        tokenizer = sandbox.load_tokenizer(policy, cfg.plain)
         config = AutoConfig.from_pretrained(policy)
         prompt_ids = {
-            path: encode_prompts(tokenizer, problems, cfg.max_new_tokens, config)
+            path: sandbox.encode_prompts(tokenizer, problems, cfg.max_new_tokens, config)
             for path, problems in benchmarks.items()
         }
         encoded[policy] = tokenizer, prompt_ids
@@ -257,38 +251,6 @@ def set_up(cfg):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def load_tokenizer(path, plain=False):
-    """A tokenizer whose EOS closes a response and whose pad token is another.
-
-    A chat template may close a turn with another token than the tokenizer's EOS (ChatML
-    <|im_end|>, Gemma <end_of_turn>). An instruction-tuned model emits that one, so it becomes the
-    EOS. A pad token equal to EOS would hide the EOS that we train.
-
-    Args: plain: drop the chat template, in saved copies, too.
-    """
-    sandbox.check_model(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if plain:
-        tokenizer.chat_template = None
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": "QUESTION"}]
-        chat.append({"role": "assistant", "content": "RESPONSE"})
-        try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False)
-            if "QUESTION" not in text:
-                raise ValueError("it does not show the user's message")
-        except Exception as error:  # templates raise what they like
-            sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
-        behind = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False).input_ids
-        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        closing = [i for i in behind if i in special]
-        if closing:
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
-    return tokenizer
-
-
 def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
@@ -310,9 +272,9 @@ def load_model(model_class, path, tokenizer, **options):
 
 def load_reward_model(path, tokenizer):
     """The reward model of stage 2, refused where it reads other tokens than the policy writes."""
-    other = load_tokenizer(path)
-    same_prompt = encode_prompt(other, "QUESTION") == encode_prompt(tokenizer, "QUESTION")
-    if other.get_vocab() != tokenizer.get_vocab() or not same_prompt:
+    other = sandbox.load_tokenizer(path)
+    prompt, same = (sandbox.encode_prompt(t, "QUESTION") for t in (other, tokenizer))
+    if other.get_vocab() != tokenizer.get_vocab() or prompt != same:
         sandbox.fail(f"the tokenizer of {path} is not the policy's; train the RM from this policy")
     model = load_model(AutoModelForSequenceClassification, path, tokenizer)
     if not getattr(model.config, "reward_std", 0) > 0:
@@ -337,35 +299,6 @@ def respond(policy, tokenizer, prompts, cfg, amp, label):
         [first, *sampled[i * cfg.samples : (i + 1) * cfg.samples]] for i, first in enumerate(greedy)
     ]
     return [ids for group in groups for ids in group]
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt up to the first response token, by the chat template if there is one.
-
-    BOS comes from one place only, the template or the tokenizer. An EOS that the tokenizer appends
-    is removed, since the response follows.
-    """
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        # Llama 3 would write today's date into each prompt: the RM would see others tomorrow.
-        return tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024"
-        )
-    ids = tokenizer(prompt).input_ids
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def encode_prompts(tokenizer, problems, max_new_tokens, model_config):
-    """Token ids of the prompts; one that leaves no room for a response is refused."""
-    prompts = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
-    context = getattr(model_config, "max_position_embeddings", None) or 10**9
-    for problem, ids in zip(problems, prompts):
-        if len(ids) + max_new_tokens > context:
-            sandbox.fail(
-                f"the prompt of {problem['task_id']} has {len(ids)} tokens: with --max_new_tokens "
-                f"{max_new_tokens} that exceeds the model's context of {context}"
-            )
-    return prompts
 
 
 @torch.no_grad()
@@ -467,18 +400,6 @@ def generate_batch(model, tokenizer, prompts, temperature, cfg, bar):
     bar.update(len(rows))
     ids = [row[: row.index(eos) + 1] if eos in row else row for row in tokens.tolist()]
     return [(row, probs[: len(row)]) for row, probs in zip(ids, logprobs.tolist())]
-
-
-def decode_response(tokenizer, ids):
-    """The text of a response without its EOS, as it continues a prompt.
-
-    SentencePiece tokenizers drop a space at the start of a text: of "    return x" three would be
-    left, and no program would run. After a line break they keep all spaces.
-    """
-    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    start = tokenizer("\n", add_special_tokens=False).input_ids
-    text = tokenizer.decode(start + ids, clean_up_tokenization_spaces=False)
-    return text.removeprefix("\n")
 
 
 def make_batch(prompts, responses):

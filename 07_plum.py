@@ -49,13 +49,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import sandbox
 
@@ -277,14 +272,15 @@ def main(cfg):
     device, amp = set_up(cfg)
 
     # ---- models: the starting policy is also reference, writer of tests and offline sampler
-    tokenizer = load_tokenizer(cfg.policy)
+    tokenizer = sandbox.load_tokenizer(cfg.policy)
     policy, reference = load_policy(cfg.policy, tokenizer, cfg, device)
     lr = cfg.lr or (5e-5 if cfg.online else 2e-5)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
-    prompt_ids = encode_prompts(tokenizer, problems, cfg.max_new_tokens, policy.config)
-    validation_ids = encode_prompts(tokenizer, validation, cfg.max_new_tokens, policy.config)
+    room = cfg.max_new_tokens, policy.config
+    prompt_ids = sandbox.encode_prompts(tokenizer, problems, *room)
+    validation_ids = sandbox.encode_prompts(tokenizer, validation, *room)
     requests = [{**problem, "prompt": request_for_tests(problem, cfg)} for problem in problems]
-    request_ids = encode_prompts(tokenizer, requests, cfg.max_new_tokens, policy.config)
+    request_ids = sandbox.encode_prompts(tokenizer, requests, *room)
 
     best = validate(policy, tokenizer, validation, validation_ids, cfg, amp)
     metrics = [{"iteration": 0, "validation_pass_at_1": best}]
@@ -319,9 +315,9 @@ def main(cfg):
         if not cfg.online:
             with amp:
                 own, _ = generate(policy, tokenizer, prompts, 1, cfg.temperature, cfg)
-        texts = [decode_response(tokenizer, ids) for ids in responses]  # n * K
-        own_texts = [decode_response(tokenizer, ids) for ids in own]
-        written = [decode_response(tokenizer, ids) for ids in written]  # n * test_responses
+        texts = [sandbox.decode_response(tokenizer, ids) for ids in responses]  # n * K
+        own_texts = [sandbox.decode_response(tokenizer, ids) for ids in own]
+        written = [sandbox.decode_response(tokenizer, ids) for ids in written]  # n * test_responses
         clock.append(time.time())
 
         # ---- vote: which tests a majority agrees with
@@ -479,38 +475,6 @@ def set_up(cfg):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def load_tokenizer(path, plain=False):
-    """A tokenizer whose EOS closes a response and whose pad token is another.
-
-    A chat template may close a turn with another token than the tokenizer's EOS (ChatML
-    <|im_end|>, Gemma <end_of_turn>). An instruction-tuned model emits that one, so it becomes the
-    EOS. A pad token equal to EOS would hide the EOS that we train.
-
-    Args: plain: drop the chat template, in saved copies, too.
-    """
-    sandbox.check_model(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if plain:
-        tokenizer.chat_template = None
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": "QUESTION"}]
-        chat.append({"role": "assistant", "content": "RESPONSE"})
-        try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False)
-            if "QUESTION" not in text:
-                raise ValueError("it does not show the user's message")
-        except Exception as error:  # templates raise what they like
-            sandbox.fail(f"the chat template of {path} refuses a plain question ({error})")
-        behind = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False).input_ids
-        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        closing = [i for i in behind if i in special]
-        if closing:
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
-    return tokenizer
-
-
 def load_model(model_class, path, tokenizer, **options):
     """A float32 model with every dropout at 0: rollout and update must see the same policy.
 
@@ -575,35 +539,6 @@ def prompts_of_iteration(count, per_iteration, iteration, seed):
         random.Random(f"{seed}/{number}").shuffle(order)
         indices += order
     return indices[start % count :][:per_iteration]
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt up to the first response token, by the chat template if there is one.
-
-    BOS comes from one place only, the template or the tokenizer. An EOS that the tokenizer appends
-    is removed, since the response follows.
-    """
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        # Llama 3 would write today's date into each prompt: the RM would see others tomorrow.
-        return tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024"
-        )
-    ids = tokenizer(prompt).input_ids
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def encode_prompts(tokenizer, problems, max_new_tokens, model_config):
-    """Token ids of the prompts; one that leaves no room for a response is refused."""
-    prompts = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
-    context = getattr(model_config, "max_position_embeddings", None) or 10**9
-    for problem, ids in zip(problems, prompts):
-        if len(ids) + max_new_tokens > context:
-            sandbox.fail(
-                f"the prompt of {problem['task_id']} has {len(ids)} tokens: with --max_new_tokens "
-                f"{max_new_tokens} that exceeds the model's context of {context}"
-            )
-    return prompts
 
 
 @torch.no_grad()
@@ -707,23 +642,11 @@ def generate_batch(model, tokenizer, prompts, temperature, cfg, bar):
     return [(row, probs[: len(row)]) for row, probs in zip(ids, logprobs.tolist())]
 
 
-def decode_response(tokenizer, ids):
-    """The text of a response without its EOS, as it continues a prompt.
-
-    SentencePiece tokenizers drop a space at the start of a text: of "    return x" three would be
-    left, and no program would run. After a line break they keep all spaces.
-    """
-    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    start = tokenizer("\n", add_special_tokens=False).input_ids
-    text = tokenizer.decode(start + ids, clean_up_tokenization_spaces=False)
-    return text.removeprefix("\n")
-
-
 def validate(policy, tokenizer, problems, prompts, cfg, amp):
     """Greedy pass@1 on the validation problems."""
     with amp:
         responses, _ = generate(policy, tokenizer, prompts, 1, 0.0, cfg, "validating")
-    texts = [decode_response(tokenizer, ids) for ids in responses]
+    texts = [sandbox.decode_response(tokenizer, ids) for ids in responses]
     results = sandbox.run_tests(problems, texts, timeout=cfg.timeout, workers=cfg.workers)
     return sum(result.passed for result in results) / len(results)
 

@@ -19,6 +19,8 @@ beside the candidate, a weaker word: the Result says `trust="in_process"`. A tes
 "output": ...} is one run of a whole program, which reads stdin; its stdout is compared here.
 
 The three files stand alone: Linux 5.3, Python 3.11. docs/sandbox.md says what holds and what not.
+Behind the workers stand what the stages share without a model: from a response to a program,
+records, settings, token ids.
 """
 
 import ast
@@ -925,6 +927,96 @@ def progress_bar(total, label):
     interval = 1 if sys.stderr.isatty() else 30
     pace = {"delay": 3, "mininterval": interval, "maxinterval": max(interval, 10)}
     return tqdm(total=total, desc=label, leave=False, disable=label is None, **pace)
+
+
+# ---------------------------------------- prompts and responses as token ids
+
+
+def load_tokenizer(path, plain=False):
+    """A tokenizer whose EOS closes a response and whose pad token is another.
+
+    A chat template may close a turn with another token than the tokenizer's EOS (ChatML
+    <|im_end|>, Gemma <end_of_turn>). An instruction-tuned model emits that one, so it becomes the
+    EOS. A pad token equal to EOS would hide the EOS that we train.
+
+    Args: plain: drop the chat template, in saved copies, too.
+    """
+    from transformers import AutoTokenizer
+
+    check_model(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if plain:
+        tokenizer.chat_template = None
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "QUESTION"}]
+        chat.append({"role": "assistant", "content": "RESPONSE"})
+        try:
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
+            if "QUESTION" not in text:
+                raise ValueError("it does not show the user's message")
+        except Exception as error:  # templates raise what they like
+            fail(f"the chat template of {path} refuses a plain question ({error})")
+        behind = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False).input_ids
+        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        closing = [i for i in behind if i in special]
+        if closing:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(closing[0])
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<|pf_ppo_pad|>"})
+    return tokenizer
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt up to the first response token, by the chat template if there is one.
+
+    BOS comes from one place only, the template or the tokenizer. An EOS that the tokenizer appends
+    is removed, since the response follows.
+    """
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        # Llama 3 would write today's date into each prompt: the RM would see others tomorrow.
+        return tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024"
+        )
+    ids = tokenizer(prompt).input_ids
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def encode_prompts(tokenizer, problems, max_new_tokens, model_config):
+    """Token ids of the prompts; one that leaves no room for a response is refused."""
+    prompts = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
+    context = getattr(model_config, "max_position_embeddings", None) or 10**9
+    for problem, ids in zip(problems, prompts):
+        if len(ids) + max_new_tokens > context:
+            fail(
+                f"the prompt of {problem['task_id']} has {len(ids)} tokens: with --max_new_tokens "
+                f"{max_new_tokens} that exceeds the model's context of {context}"
+            )
+    return prompts
+
+
+def encode_response(tokenizer, response):
+    """Token ids of a response with its EOS, as they continue a prompt.
+
+    SentencePiece tokenizers put a space before a text, but not behind a line break.
+    """
+    ids = tokenizer(response, add_special_tokens=False).input_ids
+    if decode_response(tokenizer, ids) == " " + response:
+        start = tokenizer("\n", add_special_tokens=False).input_ids
+        ids = tokenizer("\n" + response, add_special_tokens=False).input_ids[len(start) :]
+    return ids + [tokenizer.eos_token_id]
+
+
+def decode_response(tokenizer, ids):
+    """The text of a response without its EOS, as it continues a prompt.
+
+    SentencePiece tokenizers drop a space at the start of a text: of "    return x" three would be
+    left, and no program would run. After a line break they keep all spaces.
+    """
+    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    start = tokenizer("\n", add_special_tokens=False).input_ids
+    text = tokenizer.decode(start + ids, clean_up_tokenization_spaces=False)
+    return text.removeprefix("\n")
 
 
 # ---------------------------------------- command line

@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_eval import make_world, read
 
+import sandbox
+
 METHODS = ("raft", "bond", "dpo", "ipo", "kto", "iterative_dpo")
 
 
@@ -217,7 +219,7 @@ def test_micro_batches_change_nothing_and_groups_stay_together(
 ):
     """Weights after one pass, for micro-batches of one group up to all; each group comes once."""
     monkeypatch.chdir(world)
-    tokenizer = baselines.load_tokenizer("./policy")
+    tokenizer = sandbox.load_tokenizer("./policy")
     start = baselines.load_model(baselines.AutoModelForCausalLM, "./policy", tokenizer)
     size = {"raft": 1, "bond": 5}.get(method, 2)
     generator = torch.Generator().manual_seed(0)
@@ -434,13 +436,13 @@ def test_a_pair_is_the_best_and_the_worst_behind_their_prompt_and_for_kl_behind_
     assert len(pairs) == 1
     assert prompts == [pairs[0][k - 2] for k in range(len(prompts))]
 
-    tokenizer = baselines.load_tokenizer("./policy")
+    tokenizer = sandbox.load_tokenizer("./policy")
     records = read(tmp_path / "o/rollouts/0001.jsonl")
     expected = []
     for start in range(0, 40, 5):
         group = sorted(records[start : start + 5], key=lambda r: -r["score"])
         expected += [(r["prompt"], r["response"]) for r in (group[0], group[-1]) if r["kept"]]
-    texts = [baselines.decode_response(tokenizer, ids) for ids in responses]
+    texts = [sandbox.decode_response(tokenizer, ids) for ids in responses]
     assert expected == list(zip([tokenizer.decode(ids) for ids in pairs[0]], texts))
 
 
@@ -456,7 +458,7 @@ def test_bond_gives_each_response_the_reward_of_its_own_rank(
 
     monkeypatch.setattr(baselines, "train_groups", recorded)
     baselines.main(config(baselines, "bond", tmp_path / "o", iterations=1))
-    tokenizer = baselines.load_tokenizer("./policy")
+    tokenizer = sandbox.load_tokenizer("./policy")
     records = read(tmp_path / "o/rollouts/0001.jsonl")
     scores = torch.tensor([r["score"] for r in records]).view(8, 5)
     rewards = baselines.bond_rewards(scores).flatten().tolist()
@@ -465,7 +467,7 @@ def test_bond_gives_each_response_the_reward_of_its_own_rank(
     for ids, whole, mask, reward in zip(*(batches[0][name] for name in names)):
         ids, length = ids[whole == 1].tolist(), int(mask.sum())
         prompt, text, reward = tokenizer.decode(ids[:-length]), ids[-length:], reward.item()
-        assert expected[prompt, baselines.decode_response(tokenizer, text)] == pytest.approx(reward)
+        assert expected[prompt, sandbox.decode_response(tokenizer, text)] == pytest.approx(reward)
 
 
 def test_the_log_is_about_the_policy_not_the_sampler(world, baselines, monkeypatch, tmp_path):

@@ -114,7 +114,7 @@ def test_a_resumed_run_ends_as_the_unbroken_one(ppo, tmp_path, monkeypatch):
     benchmark = load_script("tools/benchmark.py")
     sizes = benchmark.Config(prompts=4, prompt_tokens=12)
     policy, reward_model, problems = benchmark.prepare("tiny", tmp_path, sizes)
-    tokenizer = ppo.load_tokenizer(policy)
+    tokenizer = sandbox.load_tokenizer(policy)
     names = {"policy": ppo.AutoModelForCausalLM}
     names["reward_model"] = ppo.AutoModelForSequenceClassification
     for name, model_class in names.items():

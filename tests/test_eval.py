@@ -8,6 +8,8 @@ import pytest
 import torch
 import tyro
 
+import sandbox
+
 PAPER = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # the paper's stop strings
 RIGHT, WRONG, OTHER = "def f(): return 1\n", "def f(): return 2\n", "y = 3\n"
 
@@ -238,7 +240,7 @@ def test_scores_are_the_reward_models_own_output(evaluation, world, monkeypatch)
     evaluation.main(cfg)
     records = read(world / "o/samples.jsonl")
     assert {r["truncated"] for r in records} == {True, False}
-    tokenizer = evaluation.load_tokenizer("./rm")
+    tokenizer = sandbox.load_tokenizer("./rm")
     rm = AutoModelForSequenceClassification.from_pretrained("./rm").eval()
     for record, response in zip(records, responses, strict=True):
         assert record["truncated"] == (response[-1] != tokenizer.eos_token_id)
@@ -249,7 +251,7 @@ def test_scores_are_the_reward_models_own_output(evaluation, world, monkeypatch)
 
 def test_a_base_model_that_goes_on_passes_with_stop_strings_only(evaluation, world, monkeypatch):
     """It answers, goes on with a program of its own, and never emits EOS."""
-    ids = evaluation.load_tokenizer("./policy")(RIGHT + WRONG + OTHER).input_ids
+    ids = sandbox.load_tokenizer("./policy")(RIGHT + WRONG + OTHER).input_ids
 
     def generate(model, tokenizer, prompts, repeats, *_):
         return [ids] * len(prompts) * repeats, []
@@ -268,7 +270,7 @@ def test_plain_leaves_the_chat_template_out(evaluation, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     template = "{% for m in messages %}# user\n{{ m.content }}{% endfor %}"
     problems = make_world(tmp_path, chat_template=template)
-    tokenizer = evaluation.load_tokenizer("./policy", plain=True)
+    tokenizer = sandbox.load_tokenizer("./policy", plain=True)
     seen = []
 
     def generate(model, tokenizer, prompts, repeats, *_):
@@ -310,7 +312,7 @@ def test_everything_is_checked_before_the_first_policy_runs(
     problems = read(world / "problems.jsonl")
     write(world / "problems.jsonl", [*problems[:-1], {**problems[-1], "solution": None}])
     write(world / "bad.jsonl", [{**problems[0], "tests": []}])
-    foreign = evaluation.load_tokenizer("./policy")
+    foreign = sandbox.load_tokenizer("./policy")
     foreign.add_tokens(["z = 4\n"])
     foreign.save_pretrained("./foreign")
     evaluation.AutoConfig.from_pretrained("./policy").save_pretrained("./foreign")

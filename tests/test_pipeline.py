@@ -13,6 +13,9 @@ import pytest
 import torch
 from conftest import PPO_FLAGS, ROOT, run_script
 from test_filter import STRATEGIES
+from transformers import AutoTokenizer
+
+import sandbox
 
 SAMPLE = {
     "task_id": str,
@@ -79,10 +82,11 @@ def test_checkpoints_are_ordinary_folders(pipeline, ppo, sft):
     reward_model = AutoModelForSequenceClassification.from_pretrained(out / "rm")
     assert reward_model.config.num_labels == 1 and reward_model.config.reward_std > 0
     # A batch through transformers' own forward pass gives the scores that stage 2 has saved.
-    tokenizer = ppo.load_tokenizer(str(out / "rm"))
+    tokenizer = sandbox.load_tokenizer(str(out / "rm"))
     samples = [r for r in read(out / "rm/validation_samples.jsonl") if not r["truncated"]][:20]
     rows = [
-        ppo.encode_prompt(tokenizer, r["prompt"]) + sft.encode_response(tokenizer, r["response"])
+        sandbox.encode_prompt(tokenizer, r["prompt"])
+        + sandbox.encode_response(tokenizer, r["response"])
         for r in samples
     ]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
@@ -153,14 +157,14 @@ def test_all_fields_of_a_kept_row_belong_to_one_response(pipeline, ppo, monkeypa
     options = dict(strategy="br", iterations=1, critic_warmup=0, prompts_per_iteration=6)
     _, records = small_run(ppo, pipeline["folder"], monkeypatch, **options)
     kept = [record for record in records if record["kept"]]
-    tokenizer, batch = ppo.load_tokenizer("out/sft"), seen[0]
+    tokenizer, batch = sandbox.load_tokenizer("out/sft"), seen[0]
     mask, whole = batch["response_mask"].bool(), batch["attention_mask"].bool()
     assert len(kept) == len(mask) == 12
     for k, record in enumerate(kept):
         sequence, length = batch["input_ids"][k][whole[k]].tolist(), int(mask[k].sum())
         prompt, ids = sequence[:-length], sequence[-length:]
-        assert ppo.decode_response(tokenizer, ids) == record["response"]
-        assert prompt == ppo.encode_prompt(tokenizer, record["prompt"])
+        assert sandbox.decode_response(tokenizer, ids) == record["response"]
+        assert prompt == sandbox.encode_prompt(tokenizer, record["prompt"])
         # Nothing is trained yet, so the KL is 0: the last return is the score of the response.
         last_return = batch["returns"][k][len(ids) - 1].item()
         assert last_return == pytest.approx(record["score"], abs=1e-4)
@@ -356,7 +360,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         config = json.loads((pipeline["folder"] / "out/std_0/config.json").read_text())
         config = json.dumps({**config, "reward_std": 0.0})
         (pipeline["folder"] / "out/std_0/config.json").write_text(config)
-        tokenizer = ppo.AutoTokenizer.from_pretrained("out/rm")
+        tokenizer = AutoTokenizer.from_pretrained("out/rm")
         tokenizer.add_tokens(["<new>"])
         tokenizer.save_pretrained("out/other_tokens")
         os.makedirs("out/torn")

@@ -409,7 +409,7 @@ def test_micro_batches_change_nothing_and_pairs_stay_together(finished_run, plum
     cfg = plum.Config(beta=0.5, minibatch_size=100, max_grad_norm=1e9)
     _, amp = plum.set_up(cfg)
     path = str(finished_run[0] / "policy")
-    tokenizer = plum.load_tokenizer(path)
+    tokenizer = sandbox.load_tokenizer(path)
     rng = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 7, (6,), generator=rng).tolist()
     responses = [torch.randint(4, 20, (n,), generator=rng).tolist() for n in lengths]

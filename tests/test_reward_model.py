@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import sandbox
 
@@ -241,12 +242,12 @@ def test_what_it_writes(rm, world, capsys, lora_rank):
 
     # The saved folder loads as it is, gives the saved scores, and knows their unit.
     model = rm.AutoModelForSequenceClassification.from_pretrained("o").eval()
-    tokenizer = rm.load_tokenizer("o")
+    tokenizer = sandbox.load_tokenizer("o")
     assert Path("o/tokenizer.json").read_bytes() == Path("policy/tokenizer.json").read_bytes()
     some = [s for s in samples if not s["truncated"]][:20]
-    encode = rm.AutoTokenizer.from_pretrained("o")
+    encode = AutoTokenizer.from_pretrained("o")
     sequences = [
-        rm.encode_prompt(tokenizer, s["prompt"])
+        sandbox.encode_prompt(tokenizer, s["prompt"])
         + encode(s["response"]).input_ids
         + [tokenizer.eos_token_id]
         for s in some

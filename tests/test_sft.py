@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import tiny_config
 
+import sandbox
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -98,7 +100,7 @@ def test_the_scratch_tokenizer_gives_text_back_exactly(sft):
     texts = ["def f(xs):\n    return [x for x in xs if x % 2 == 0]\n", '"""Keep 3 even ones."""\n']
     tokenizer = sft.build_tokenizer(texts * 20, 300)
     for text in texts + ["never seen: \t Zürich \u2603 \U0001f600\n\n"]:
-        ids = sft.encode_response(tokenizer, text)
+        ids = sandbox.encode_response(tokenizer, text)
         assert ids[-1] == tokenizer.eos_token_id != tokenizer.pad_token_id
         assert tokenizer.decode(ids[:-1]) == text
 
@@ -228,12 +230,12 @@ def test_a_chat_model_learns_its_end_of_turn(train, base, sft):
 
     metrics = train("o", model="./base", epochs=30)
     assert metrics[-1]["validation_loss"] < 0.3
-    tokenizer = sft.load_tokenizer("o")
+    tokenizer = sandbox.load_tokenizer("o")
     closing = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model = sft.AutoModelForCausalLM.from_pretrained("o").eval()
-    prompt = sft.encode_prompt(tokenizer, "x\n")
+    prompt = sandbox.encode_prompt(tokenizer, "x\n")
     assert tokenizer.decode(prompt) == "<|im_start|>user\nx\n<|im_end|>\n<|im_start|>assistant\n"
-    ids = prompt + sft.encode_response(tokenizer, "x = 1\n" * 2)
+    ids = prompt + sandbox.encode_response(tokenizer, "x = 1\n" * 2)
     with torch.no_grad():
         after = model(torch.tensor([ids[:-1]])).logits[0, -1].argmax().item()
     assert ids[-1] == after == closing
@@ -245,9 +247,9 @@ def test_a_chat_model_learns_its_end_of_turn(train, base, sft):
 
 def test_plain_leaves_the_chat_template_out_for_good(train, base, sft):
     train("o", model="./base", epochs=1, plain=True)
-    tokenizer = sft.load_tokenizer("o")
+    tokenizer = sandbox.load_tokenizer("o")
     assert tokenizer.chat_template is None and tokenizer.eos_token == "<eos>"
-    assert tokenizer.decode(sft.encode_prompt(tokenizer, "x\n")) == "x\n"
+    assert tokenizer.decode(sandbox.encode_prompt(tokenizer, "x\n")) == "x\n"
 
 
 # ---------------------------------------------------------------------------------- what it refuses

@@ -14,6 +14,8 @@ from tokenizers import (
     trainers,
 )
 
+import sandbox
+
 DEVICE = torch.device("cpu")
 PROMPT = "def f(xs):\n"
 RESPONSES = [
@@ -138,12 +140,12 @@ def kind(request, ppo, tmp_path):
     """(tokenizer as a stage loads it, its number of BOS, whether it has a chat template)"""
     options, bos = KINDS[request.param]
     make_tokenizer(tmp_path / "tokenizer", **options)
-    return ppo.load_tokenizer(str(tmp_path / "tokenizer")), bos, "chat_template" in options
+    return sandbox.load_tokenizer(str(tmp_path / "tokenizer")), bos, "chat_template" in options
 
 
 def test_a_prompt_has_one_bos_or_none_and_ends_where_the_response_begins(ppo, kind):
     tokenizer, bos, chat = kind
-    ids = ppo.encode_prompt(tokenizer, PROMPT)
+    ids = sandbox.encode_prompt(tokenizer, PROMPT)
     assert ids.count(1) == bos and (not bos or ids[0] == 1)  # <s> has id 1
     assert tokenizer.eos_token_id == 2 and 2 not in ids
     text = tokenizer.decode(ids[bos:])
@@ -178,11 +180,11 @@ def test_the_tokenizers_are_what_they_say(tmp_path):
 @pytest.mark.parametrize("text", RESPONSES)
 def test_a_response_has_one_eos_and_comes_back_as_it_was(ppo, sft, kind, text):
     tokenizer, _, _ = kind
-    ids = sft.encode_response(tokenizer, text)
+    ids = sandbox.encode_response(tokenizer, text)
     assert ids[-1] == 2 and ids.count(2) == 1 and 1 not in ids
-    assert ppo.decode_response(tokenizer, ids) == text
+    assert sandbox.decode_response(tokenizer, ids) == text
     assert (
-        ppo.decode_response(tokenizer, ids[:-1]) == text
+        sandbox.decode_response(tokenizer, ids[:-1]) == text
     )  # truncated: nothing is taken off the end
 
 
@@ -191,7 +193,8 @@ def test_a_response_continues_its_prompt(ppo, sft, kind):
     tokenizer, bos, chat = kind
     for text in RESPONSES:
         together = (
-            ppo.encode_prompt(tokenizer, PROMPT)[bos:] + sft.encode_response(tokenizer, text)[:-1]
+            sandbox.encode_prompt(tokenizer, PROMPT)[bos:]
+            + sandbox.encode_response(tokenizer, text)[:-1]
         )
         assert tokenizer.decode(together).endswith(("<|assistant|>\n" if chat else PROMPT) + text)
 
@@ -202,13 +205,13 @@ def test_pad_is_not_eos_and_stays_the_same_when_saved(ppo, kind, tmp_path):
         tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id == 2
     )
     save_beside_config(tokenizer, tmp_path / "saved")
-    again = ppo.load_tokenizer(str(tmp_path / "saved"))
+    again = sandbox.load_tokenizer(str(tmp_path / "saved"))
     assert (again.pad_token_id, again.eos_token_id, len(again)) == (
         tokenizer.pad_token_id,
         2,
         len(tokenizer),
     )
-    assert ppo.encode_prompt(again, PROMPT) == ppo.encode_prompt(tokenizer, PROMPT)
+    assert sandbox.encode_prompt(again, PROMPT) == sandbox.encode_prompt(tokenizer, PROMPT)
 
 
 # ----------------------------------------------------------------------- templates that close a
@@ -283,10 +286,10 @@ def test_a_response_ends_where_the_template_closes_a_turn(sft, ppo, tmp_path, na
         tmp_path / "base", chat_template=template, extra_special_tokens=tokens, **options
     )
     assert saved.eos_token == "</s>"
-    tokenizer = ppo.load_tokenizer(str(tmp_path / "base"))
+    tokenizer = sandbox.load_tokenizer(str(tmp_path / "base"))
     assert tokenizer.eos_token == closing
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
-    ids = ppo.encode_prompt(tokenizer, PROMPT) + sft.encode_response(tokenizer, "x = 1")
+    ids = sandbox.encode_prompt(tokenizer, PROMPT) + sandbox.encode_response(tokenizer, "x = 1")
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "x = 1"}],
         tokenize=False,
@@ -297,17 +300,19 @@ def test_a_response_ends_where_the_template_closes_a_turn(sft, ppo, tmp_path, na
         "mistral",
     ):  # one puts a line break before the token, the other a space before the answer
         assert text.startswith(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    assert ppo.decode_response(tokenizer, sft.encode_response(tokenizer, "x = 1")) == "x = 1"
+    assert (
+        sandbox.decode_response(tokenizer, sandbox.encode_response(tokenizer, "x = 1")) == "x = 1"
+    )
     save_beside_config(tokenizer, tmp_path / "saved")
-    again = ppo.load_tokenizer(str(tmp_path / "saved"))
+    again = sandbox.load_tokenizer(str(tmp_path / "saved"))
     assert (again.eos_token, again.pad_token, len(again)) == (
         closing,
         tokenizer.pad_token,
         len(tokenizer),
     )
-    plain = ppo.load_tokenizer(str(tmp_path / "base"), plain=True)
+    plain = sandbox.load_tokenizer(str(tmp_path / "base"), plain=True)
     assert plain.eos_token == "</s>" and plain.chat_template is None
-    assert plain.decode(ppo.encode_prompt(plain, PROMPT)).endswith(PROMPT)
+    assert plain.decode(sandbox.encode_prompt(plain, PROMPT)).endswith(PROMPT)
 
 
 def test_a_template_that_writes_the_date_gives_the_same_prompt_on_any_day(sft, ppo, tmp_path):
@@ -322,10 +327,9 @@ def test_a_template_that_writes_the_date_gives_the_same_prompt_on_any_day(sft, p
         extra_special_tokens=["<|im_start|>", "<|im_end|>"],
         pad_token="<pad>",
     )
-    for stage in (sft, ppo):
-        tokenizer = stage.load_tokenizer(str(tmp_path / "base"))
-        text = tokenizer.decode(stage.encode_prompt(tokenizer, PROMPT))
-        assert "Today is 26 Jul 2024\n" in text and PROMPT in text
+    tokenizer = sandbox.load_tokenizer(str(tmp_path / "base"))
+    text = tokenizer.decode(sandbox.encode_prompt(tokenizer, PROMPT))
+    assert "Today is 26 Jul 2024\n" in text and PROMPT in text
 
 
 @pytest.mark.parametrize(
@@ -339,7 +343,7 @@ def test_a_template_that_writes_the_date_gives_the_same_prompt_on_any_day(sft, p
 def test_a_template_that_cannot_take_a_prompt_is_refused(ppo, tmp_path, capsys, template, words):
     make_tokenizer(tmp_path / "base", chat_template=template, pad_token="<pad>")
     with pytest.raises(SystemExit) as stop:
-        ppo.load_tokenizer(str(tmp_path / "base"))
+        sandbox.load_tokenizer(str(tmp_path / "base"))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and words in error
 
@@ -349,7 +353,7 @@ def test_templates_without_a_default_are_refused(ppo, tmp_path, capsys):
     tokenizer.chat_template = {"tool_use": CHAT, "rag": CHAT}
     tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(SystemExit) as stop:
-        ppo.load_tokenizer(str(tmp_path / "base"))
+        sandbox.load_tokenizer(str(tmp_path / "base"))
     assert stop.value.code == 2 and "chat template" in capsys.readouterr().err
 
 
@@ -359,7 +363,7 @@ def test_a_model_without_a_row_for_pad_gets_the_mean_and_the_tokenizers_ends(ppo
     from transformers import AutoModelForCausalLM
 
     make_tokenizer(tmp_path / "base", **KINDS["chat_without_pad"][0])
-    tokenizer = ppo.load_tokenizer(str(tmp_path / "base"))
+    tokenizer = sandbox.load_tokenizer(str(tmp_path / "base"))
     config = tiny_config("qwen2")
     config.vocab_size, config.eos_token_id = len(tokenizer) - 1, 0
     torch.manual_seed(0)
@@ -386,5 +390,5 @@ def test_a_model_without_a_row_for_pad_gets_the_mean_and_the_tokenizers_ends(ppo
 def test_a_folder_with_adapters_only_is_refused(ppo, tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(SystemExit) as stop:
-        ppo.load_tokenizer(str(tmp_path))
+        sandbox.load_tokenizer(str(tmp_path))
     assert stop.value.code == 2 and "merge" in capsys.readouterr().err

@@ -228,8 +228,8 @@ def time_iterations(folder, policy, reward_model, problems, cfg):
     numbers = {}
     for phase in PHASES:
         numbers[f"{phase}_s"] = statistics.median(line[f"seconds_{phase}"] for line in lines)
-    tokenizer = ppo.load_tokenizer(policy)
-    prompts = [len(ppo.encode_prompt(tokenizer, problem["prompt"])) for problem in problems]
+    tokenizer = sandbox.load_tokenizer(policy)
+    prompts = [len(sandbox.encode_prompt(tokenizer, problem["prompt"])) for problem in problems]
     length = statistics.mean(prompts) + statistics.mean(line["length"] for line in lines)
     numbers["trained_tokens_per_s"] = lines[-1]["kept"] * length / numbers["train_s"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -306,8 +306,8 @@ SAMPLERS = (
 
 def sampler_jobs(policy, problems, cfg, device, amp):
     """Yield (label, job) of each sampler. Without bf16 nothing is measured twice."""
-    tokenizer = ppo.load_tokenizer(policy)
-    prompts = [ppo.encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
+    tokenizer = sandbox.load_tokenizer(policy)
+    prompts = [sandbox.encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
     model = load_model(AutoModelForCausalLM, policy, tokenizer).to(device).eval()
     model.generation_config = GenerationConfig()  # a folder's may have a repetition penalty
     with amp:

@@ -133,16 +133,16 @@ def main(cfg):
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         sandbox.write_jsonl(cfg.out, samples)
         return
-    tokenizer = ppo.load_tokenizer(cfg.policy)
+    tokenizer = sandbox.load_tokenizer(cfg.policy)
     problems = sandbox.read_problems(cfg.data)
-    problem_of = {tuple(ppo.encode_prompt(tokenizer, p["prompt"])): p for p in problems}
+    problem_of = {tuple(sandbox.encode_prompt(tokenizer, p["prompt"])): p for p in problems}
     lengths = sorted({len(ids) for ids in problem_of})
 
     def score_responses(reward_model, sequences, batch_size, progress=None):
         """Stands in for 04's: same arguments, a reward in the unit of the reward model."""
         ends = [next(n for n in lengths if tuple(ids[:n]) in problem_of) for ids in sequences]
         asked = [problem_of[tuple(ids[:n])] for ids, n in zip(sequences, ends)]
-        texts = [ppo.decode_response(tokenizer, ids[n:]) for ids, n in zip(sequences, ends)]
+        texts = [sandbox.decode_response(tokenizer, ids[n:]) for ids, n in zip(sequences, ends)]
         results = sandbox.run_tests(asked, texts, timeout=cfg.timeout, workers=cfg.workers)
         rewards = torch.tensor(
             [
