@@ -322,9 +322,10 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     size = cfg.generate_batch_size
     size = (size - size % repeats) or size  # whole prompts, where they fit
     done = [[] for _ in prompts]
-    with sandbox.progress_bar(len(rows), progress) as bar:
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
+    with sandbox.progress_bar(len(rows) * cfg.max_new_tokens, progress) as bar:  # of tokens
+        while rows:  # one long prompt would pad all that share its batch
+            part = [i for i in rows[:size] if len(prompts[i]) > len(prompts[rows[0]]) - 256]
+            rows = rows[len(part) :]
             batch = [prompts[i] for i in part]
             sampled = generate_batch(model, tokenizer, batch, temperature, cfg, bar)
             for i, response in zip(part, sampled):
@@ -390,14 +391,15 @@ def generate_batch(model, tokenizer, prompts, temperature, cfg, bar):
         logprobs[rows, t] = distribution.gather(-1, chosen)[:, 0]
         going = (tokens[rows, : t + 1] != eos).all(1)
         unfinished = int(going.sum())  # a GPU waits here: once per token
+        bar.update(len(rows))
         if unfinished == 0:
             break
         if unfinished <= 0.8 * len(rows):  # it costs a copy of the cache: not for every row
-            bar.update(len(rows) - unfinished)
+            bar.update((len(rows) - unfinished) * (cfg.max_new_tokens - t - 1))
             cache.batch_select_indices(going.nonzero()[:, 0])
             rows, chosen, mask = rows[going], chosen[going], mask[going]
         inputs, mask = chosen, torch.cat([mask, torch.ones_like(chosen)], 1)
-    bar.update(len(rows))
+    bar.update(len(rows) * (cfg.max_new_tokens - t - 1))
     ids = [row[: row.index(eos) + 1] if eos in row else row for row in tokens.tolist()]
     return [(row, probs[: len(row)]) for row, probs in zip(ids, logprobs.tolist())]
 

@@ -60,7 +60,9 @@ def sample(ppo, policy, prompts, repeats, temperature=1.0, **options):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_bar_of_the_sampler_counts_each_response(ppo, llama_folder, monkeypatch, temperature):
+def test_the_bar_of_the_sampler_moves_with_each_token_and_ends_full(
+    ppo, llama_folder, monkeypatch, temperature
+):
     """Rows that leave a batch early, those that stay to its end, and several batches."""
     bars, make = [], ppo.sandbox.progress_bar
     monkeypatch.setattr(
@@ -70,7 +72,23 @@ def test_the_bar_of_the_sampler_counts_each_response(ppo, llama_folder, monkeypa
     prompts = [[2 + k, 5, 6] for k in range(6)]
     ppo.generate(load_policy(ppo, llama_folder), Tokens(), prompts, 5, temperature, cfg, "sampling")
     (bar,) = bars
-    assert bar.n == bar.total == 30
+    assert bar.n == bar.total == 30 * 12
+
+
+def test_a_long_prompt_does_not_pad_the_short_ones(ppo, llama_folder, monkeypatch):
+    widths, generate_batch = [], ppo.generate_batch
+
+    def recorded(model, tokenizer, prompts, *rest):
+        widths.append([len(ids) for ids in prompts])
+        return generate_batch(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(ppo, "generate_batch", recorded)
+    policy = load_policy(ppo, llama_folder)
+    prompts = [[2, 5, 6], [7] * 400, [3, 5, 6], [8] * 50]
+    together, _ = sample(ppo, policy, prompts, 2, 0.0)
+    assert widths == [[400] * 2, [50] * 2 + [3] * 4]
+    for k, prompt in enumerate(prompts):
+        assert together[2 * k] == sample(ppo, policy, [prompt], 1, 0.0)[0][0]
 
 
 # ------------------------------------------------------------------- padding changes nothing
