@@ -2,7 +2,8 @@
 # The pipeline with a pretrained model, SmolLM2-135M-Instruct: about three hours on two CPU cores,
 # minutes on a GPU, 16 GB of memory. A second call goes on where the first stopped. The tiny set's
 # problems train it, since their tests are exact; HumanEval and MBPP show whether anything gets lost.
-# Usage: bash runs/smollm2.sh    (FILES: a folder with HumanEval.jsonl.gz and mbpp.jsonl.gz, without a hub)
+# Usage: bash runs/smollm2.sh    (FILES: a folder with HumanEval.jsonl.gz and mbpp.jsonl.gz, without a hub;
+# GRPO=1: a second part, the tests as reward)
 set -eu -o pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
@@ -44,3 +45,12 @@ done
 "$python" 05_eval.py --policies ./models/smollm2 "$out/ppo_bw/last" --samples 0 --timeout 3 \
     --problems data/humaneval/test.jsonl data/mbpp/test.jsonl --out "$out/eval_public" --bf16 "$bf16" \
     --max_new_tokens 256 --generate_batch_size 64
+
+# ---- a second part, with GRPO=1: the tests as reward, from the instruct model itself
+if [ "${GRPO:-0}" = 1 ]; then
+    "$python" 00_data.py --dataset mbpp --show_one_test --out data/mbpp_one_test ${file:+--file "$file"}
+    "$python" 04_pf_ppo.py --reward tests --advantage grpo --strategy none --policy ./models/smollm2 \
+        --data data/mbpp_one_test/ppo.jsonl --validation data/mbpp_one_test/validation.jsonl --out "$out/grpo" \
+        --iterations 10 --eval_every 5 --prompts_per_iteration 8 --responses_per_prompt 8 --minibatch_size 32 \
+        --micro_batch_size 8 --lr 1e-5 --kl_coef 0.03 --timeout 3 --max_new_tokens 160 --bf16 "$bf16" --resume
+fi
