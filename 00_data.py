@@ -1,7 +1,7 @@
 r"""Stage 0: problems in one format, from the built-in generator or from a public problem set.
 
 Writes  data/<dataset>/{sft,rm,ppo,validation,test}.jsonl, as far as the set has these splits;
-        data/tiny/plum.jsonl: the SFT problems, and again with the task to write tests (07_plum.py).
+        data/tiny/plum.jsonl: sft.jsonl, then requests for tests of the same problems (07_plum.py).
 
 A line of data/tiny/sft.jsonl, spread out:
 

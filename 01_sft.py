@@ -15,7 +15,8 @@ While the stage runs, the folder holds state.pt for --resume instead.
 
 Run: python 01_sft.py
 
-or: python 01_sft.py --model Qwen/Qwen2.5-Coder-0.5B --data data/mbpp/sft.jsonl --lr 1e-5
+or: python 01_sft.py --model Qwen/Qwen2.5-Coder-0.5B --data data/leetcodedataset/sft.jsonl
+    --lr 1e-5 --max_length 1024 --out out/qwen/sft
 
 Simplified against the paper (section 4: deepseek-coder-6.7b, 130k examples, learning rate 1e-5):
 the tiny setting builds a model of a million parameters and trains it on 6,000 small programs. Many

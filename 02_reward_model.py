@@ -413,7 +413,7 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     Args:
         prompts: list of token id lists; repeats: responses to each.
         temperature: divides the logits; 0 is greedy.
-        cfg: has max_new_tokens, and generate_batch_size, the responses computed at once.
+        cfg: has max_new_tokens, and generate_batch_size, the most responses computed at once.
         progress: label of a progress bar, or None for silence.
     Returns: responses and their logprobs under the sampling distribution, two lists of
         len(prompts) * repeats lists, in order of prompt. A response without EOS is truncated.
@@ -423,8 +423,10 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     size = cfg.generate_batch_size
     size = (size - size % repeats) or size  # whole prompts, where they fit
     done = [[] for _ in prompts]
-    with sandbox.progress_bar(len(rows) * cfg.max_new_tokens, progress) as bar:  # of tokens
-        while rows:  # one long prompt would pad all that share its batch
+    with sandbox.progress_bar(len(rows) * cfg.max_new_tokens, progress, " tokens") as bar:
+        while rows:
+            # Longest first. One long prompt would pad all that share its batch, so a batch ends
+            # where prompts are 256 tokens shorter.
             part = [i for i in rows[:size] if len(prompts[i]) > len(prompts[rows[0]]) - 256]
             rows = rows[len(part) :]
             batch = [prompts[i] for i in part]

@@ -16,11 +16,11 @@ which takes the solution of each problem for the response and should give 1.000.
 Writes out/eval/: table.txt, results.json, and samples.jsonl, every response with its verdict:
 {"task_id": "test/0", "response": ..., "actual_score": 1.0, "policy": "out/sft", "greedy": true, ..}
 
-Run: python 05_eval.py --policies out/sft out/ppo_none/best out/ppo_bw/best
+Run: python 05_eval.py --policies out/sft out/ppo_none/best out/ppo_bw/best --out out/eval_best
 
 A base model, before stage 1, with the paper's stop strings: python 05_eval.py --samples 0 --plain
 --policies deepseek-ai/deepseek-coder-1.3b-base --problems data/humaneval/test.jsonl --timeout 3
---max_new_tokens 512 --stop $'\\nclass' $'\\ndef' $'\\n#' $'\\nif' $'\\nprint'
+--max_new_tokens 512 --out out/eval_base --stop $'\\nclass' $'\\ndef' $'\\n#' $'\\nif' $'\\nprint'
 
 Simplified against the paper (Table 2: HumanEval, MBPP and LeetCode): the default is the tiny set.
 """
@@ -312,7 +312,7 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     Args:
         prompts: list of token id lists; repeats: responses to each.
         temperature: divides the logits; 0 is greedy.
-        cfg: has max_new_tokens, and generate_batch_size, the responses computed at once.
+        cfg: has max_new_tokens, and generate_batch_size, the most responses computed at once.
         progress: label of a progress bar, or None for silence.
     Returns: responses and their logprobs under the sampling distribution, two lists of
         len(prompts) * repeats lists, in order of prompt. A response without EOS is truncated.
@@ -322,8 +322,10 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     size = cfg.generate_batch_size
     size = (size - size % repeats) or size  # whole prompts, where they fit
     done = [[] for _ in prompts]
-    with sandbox.progress_bar(len(rows) * cfg.max_new_tokens, progress) as bar:  # of tokens
-        while rows:  # one long prompt would pad all that share its batch
+    with sandbox.progress_bar(len(rows) * cfg.max_new_tokens, progress, " tokens") as bar:
+        while rows:
+            # Longest first. One long prompt would pad all that share its batch, so a batch ends
+            # where prompts are 256 tokens shorter.
             part = [i for i in rows[:size] if len(prompts[i]) > len(prompts[rows[0]]) - 256]
             rows = rows[len(part) :]
             batch = [prompts[i] for i in part]

@@ -14,7 +14,7 @@ trains on pairs of a passing and a failing response (arXiv 2406.06887):
 
 A small model must first learn to write tests: stage 1 fine-tunes it on solutions and tests, mixed.
 The result starts the policy, is the reference and writes all tests. An instruction-tuned model
-needs a request alone: see the third command.
+needs only a request: see the third command.
 
 Reads data/tiny/ppo.jsonl, data/tiny/validation.jsonl, out/plum/sft. True tests and solutions of
 ppo.jsonl serve the log alone: are tests and labels right?
@@ -80,7 +80,7 @@ class Config:
     policy: str = "out/plum/sft"  # model that can write solutions and tests
     ask: str = ASK_FOR_TESTS  # request for tests; {prompt} and {entry_point} are the problem's
     out: str = ""  # output folder; empty: out/plum/<loss>_<online or offline>
-    iterations: int = 15  # rounds of write, sample, vote, train
+    iterations: int = 15  # rounds of sample, write tests, vote, train
     prompts_per_iteration: int = 24  # n; n (K + test_responses) = 240 samples, as in stage 4
     responses_per_prompt: int = 8  # K, responses sampled for each prompt
     test_responses: int = 2  # responses sampled for each prompt that write tests
@@ -279,8 +279,8 @@ def main(cfg):
     room = cfg.max_new_tokens, policy.config
     prompt_ids = sandbox.encode_prompts(tokenizer, problems, *room)
     validation_ids = sandbox.encode_prompts(tokenizer, validation, *room)
-    requests = [{**problem, "prompt": request_for_tests(problem, cfg)} for problem in problems]
-    request_ids = sandbox.encode_prompts(tokenizer, requests, *room)
+    asking = [{**problem, "prompt": request_for_tests(problem, cfg)} for problem in problems]
+    request_ids = sandbox.encode_prompts(tokenizer, asking, *room)
 
     best = validate(policy, tokenizer, validation, validation_ids, cfg, amp)
     metrics = [{"iteration": 0, "validation_pass_at_1": best}]
@@ -426,7 +426,7 @@ def main(cfg):
     print(f"saved {out}: best validation pass@1 {best:.3f}, {time.time() - started:.0f} s")
 
 
-# --------------------------------------------------------------------- settings, models
+# --------------------------------------------------------------------------------- settings, models
 
 
 def check_flags(cfg):
@@ -552,7 +552,7 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     Args:
         prompts: list of token id lists; repeats: responses to each.
         temperature: divides the logits; 0 is greedy.
-        cfg: has max_new_tokens, and generate_batch_size, the responses computed at once.
+        cfg: has max_new_tokens, and generate_batch_size, the most responses computed at once.
         progress: label of a progress bar, or None for silence.
     Returns: responses and their logprobs under the sampling distribution, two lists of
         len(prompts) * repeats lists, in order of prompt. A response without EOS is truncated.
@@ -562,8 +562,10 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     size = cfg.generate_batch_size
     size = (size - size % repeats) or size  # whole prompts, where they fit
     done = [[] for _ in prompts]
-    with sandbox.progress_bar(len(rows) * cfg.max_new_tokens, progress) as bar:  # of tokens
-        while rows:  # one long prompt would pad all that share its batch
+    with sandbox.progress_bar(len(rows) * cfg.max_new_tokens, progress, " tokens") as bar:
+        while rows:
+            # Longest first. One long prompt would pad all that share its batch, so a batch ends
+            # where prompts are 256 tokens shorter.
             part = [i for i in rows[:size] if len(prompts[i]) > len(prompts[rows[0]]) - 256]
             rows = rows[len(part) :]
             batch = [prompts[i] for i in part]

@@ -18,9 +18,9 @@ Workers are spawned: a caller that holds a model is slow to fork. Tests that can
 beside the candidate, a weaker word: the Result says `trust="in_process"`. A test {"input": ...,
 "output": ...} is one run of a whole program, which reads stdin; its stdout is compared here.
 
-The three files stand alone: Linux 5.3, Python 3.11. docs/sandbox.md says what holds and what not.
-Behind the workers stand what the stages share without a model: from a response to a program,
-records, settings, token ids.
+The three files stand alone: Linux 5.3, Python 3.11, and tqdm for the command line.
+docs/sandbox.md says what holds and what not. Below the workers stands what the stages share: from a
+response to a program, records, settings, token ids. Libraries are imported where they are needed.
 """
 
 import ast
@@ -841,7 +841,7 @@ def check_numbers(cfg):
 
 def check_model(path, policy=False):
     """Refuse, before any work, a path without a model; with `policy`, a reward model, too."""
-    from transformers import PreTrainedConfig  # not at the top: the sandbox needs no model
+    from transformers import PreTrainedConfig
 
     ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
     if ours and not (Path(path) / "config.json").is_file():
@@ -917,16 +917,16 @@ def plot_curves(metrics, path, panels):
     figure.savefig(path, dpi=120)
 
 
-def progress_bar(total, label):
+def progress_bar(total, label, unit="it"):
     """A tqdm bar that stays away from what takes less than three seconds; label None: no bar.
 
     In a log file it moves every half minute: a real model samples for minutes.
     """
-    from tqdm import tqdm  # not at the top: the sandbox alone needs the standard library only
+    from tqdm import tqdm  # not at the top: run and run_many need the standard library only
 
     interval = 1 if sys.stderr.isatty() else 30
     pace = {"delay": 3, "mininterval": interval, "maxinterval": max(interval, 10)}
-    return tqdm(total=total, desc=label, leave=False, disable=label is None, **pace)
+    return tqdm(total=total, desc=label, leave=False, disable=label is None, unit=unit, **pace)
 
 
 # ---------------------------------------- prompts and responses as token ids

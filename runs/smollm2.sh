@@ -3,7 +3,7 @@
 # minutes on a GPU, 16 GB of memory. A second call goes on where the first stopped. The tiny set's
 # problems train it, since their tests are exact; HumanEval and MBPP show whether anything gets lost.
 # Usage: bash runs/smollm2.sh    (FILES: a folder with HumanEval.jsonl.gz and mbpp.jsonl.gz, without a hub;
-# GRPO=1: a second part, the tests as reward)
+# GRPO=1: a second part, tests as reward: MBPP trains the instruct model, without stages 1 to 3)
 set -eu -o pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
@@ -47,7 +47,7 @@ done
     --max_new_tokens 256 --generate_batch_size 64
 
 # ---- a second part, with GRPO=1: the tests as reward, from the instruct model itself
-if [ "${GRPO:-0}" = 1 ]; then
+if [ "${GRPO:-0}" = 1 ]; then  # $file is still MBPP's, the last of the loop above
     "$python" 00_data.py --dataset mbpp --show_one_test --out data/mbpp_one_test ${file:+--file "$file"}
     "$python" 04_pf_ppo.py --reward tests --advantage grpo --strategy none --policy ./models/smollm2 \
         --data data/mbpp_one_test/ppo.jsonl --validation data/mbpp_one_test/validation.jsonl --out "$out/grpo" \

@@ -75,7 +75,7 @@ def test_parse_tests_of_other_entry_points(plum):
     assert plum.parse_tests("assert f(1) == 2", None) == []
 
 
-def test_the_lesson_asks_and_answers_as_the_stage_does(plum):
+def test_plum_jsonl_asks_and_answers_as_the_stage_does(plum):
     """plum.jsonl asks as --ask does, and its answers parse as what the model writes is parsed."""
     data = load_script("00_data.py")
     problem = {
@@ -300,8 +300,10 @@ def finished_run(tmp_path_factory):
         request = problem["prompt"] + "# tests\n"
         tests.append({"task_id": f"t/{k}", "prompt": request, "solution": text})
     write(folder / "plum.jsonl", solutions + tests)
-    lesson = ["--model", "policy", "--data", "plum.jsonl", "--out", "taught"]
-    run_script("01_sft.py", *lesson, "--epochs", 15, "--lr", 3e-3, "--threads", 1, cwd=folder)
+    flags_of_stage_1 = ["--model", "policy", "--data", "plum.jsonl", "--out", "taught"]
+    run_script(
+        "01_sft.py", *flags_of_stage_1, "--epochs", 15, "--lr", 3e-3, "--threads", 1, cwd=folder
+    )
     flags = [text for name, value in FLAGS.items() for text in (f"--{name}", value)]
     return folder, run_script("07_plum.py", *flags, cwd=folder).stdout
 
