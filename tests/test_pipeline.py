@@ -119,8 +119,9 @@ def test_ppo_starts_at_ratio_one_and_kl_zero_and_logs_everything(pipeline):
     metrics = read(pipeline["folder"] / "out/ppo_bw/metrics.jsonl")
     assert [m["iteration"] for m in metrics] == [0, 1, 2, 3, 4]
     # The policy first learns in iteration 2, from two minibatches, the first at ratio 1.
-    assert metrics[1]["kl_per_response"] == metrics[2]["kl_per_response"] == 0.0
-    assert "policy_loss" not in metrics[1] and metrics[4]["kl_per_response"] != 0.0
+    kl = [m["kl_per_response"] for m in metrics[1:]]
+    assert kl[:2] == pytest.approx([0.0, 0.0], abs=1e-5) and abs(kl[3]) > 1e-4
+    assert "policy_loss" not in metrics[1]
     assert metrics[2]["policy_ratio"] == pytest.approx(1.0, abs=0.05)
     names = "rm_score score pass_rate pass_rate_kept truncated length explained_variance kl_coef"
     names += " critic_loss critic_grad_norm seconds_generate seconds_train"
@@ -247,7 +248,8 @@ def test_a_truncated_response_is_marked_and_pays_a_penalty(pipeline, ppo, monkey
 def test_lora_runs_and_saves_merged_folders(pipeline, ppo, monkeypatch):
     pytest.importorskip("peft")
     metrics, _ = small_run(ppo, pipeline["folder"], monkeypatch, lora_rank=4, lr=1e-3)
-    assert metrics[1]["kl_per_response"] == 0.0 and math.isfinite(metrics[2]["policy_loss"])
+    assert metrics[1]["kl_per_response"] == pytest.approx(0.0, abs=1e-5)
+    assert math.isfinite(metrics[2]["policy_loss"])
     folder = pipeline["folder"] / "out/small/last"
     assert (folder / "model.safetensors").exists() and not (folder / "adapter_config.json").exists()
 
