@@ -158,8 +158,7 @@ def main(cfg):
         tokenizer = build_tokenizer([r["prompt"] + r["solution"] for r in records], cfg.vocab_size)
         model = build_model(cfg, tokenizer)
     else:
-        sandbox.check_model(cfg.model, policy=True)
-        tokenizer = sandbox.load_tokenizer(cfg.model, cfg.plain)
+        tokenizer = sandbox.load_tokenizer(cfg.model, cfg.plain, policy=True)
         model = load_model(AutoModelForCausalLM, cfg.model, tokenizer)
     context = getattr(model.config, "max_position_embeddings", None) or cfg.max_length
     if cfg.gradient_checkpointing:

@@ -157,12 +157,11 @@ def main(cfg):
     if sandbox.finished(cfg, out, cfg.resume):
         return
     problems, validation = sandbox.read_problems(cfg.data), sandbox.read_problems(cfg.validation)
-    sandbox.check_model(cfg.policy, policy=True)
     device, amp = set_up(cfg)
     rng = random.Random(cfg.seed)
 
     # ---- the RM is the SFT policy with a new scalar head
-    tokenizer = sandbox.load_tokenizer(cfg.policy)
+    tokenizer = sandbox.load_tokenizer(cfg.policy, policy=True)
     reward_model = load_model(
         AutoModelForSequenceClassification, cfg.policy, tokenizer, num_labels=1
     )

@@ -220,8 +220,7 @@ def read_inputs(cfg):
                 if not isinstance(problem.get("solution"), str):
                     sandbox.fail(f"{problem['task_id']} has no solution; leave out canonical")
             continue
-        sandbox.check_model(policy, policy=True)
-        tokenizer = sandbox.load_tokenizer(policy, cfg.plain)
+        tokenizer = sandbox.load_tokenizer(policy, cfg.plain, policy=True)
         config = AutoConfig.from_pretrained(policy)
         prompt_ids = {
             path: sandbox.encode_prompts(tokenizer, problems, cfg.max_new_tokens, config)
@@ -273,8 +272,8 @@ def load_model(model_class, path, tokenizer, **options):
 def load_reward_model(path, tokenizer):
     """The reward model of stage 2, refused where it reads other tokens than the policy writes."""
     other = sandbox.load_tokenizer(path)
-    prompt, same = (sandbox.encode_prompt(t, "QUESTION") for t in (other, tokenizer))
-    if other.get_vocab() != tokenizer.get_vocab() or prompt != same:
+    theirs, ours = (sandbox.encode_prompt(t, "QUESTION") for t in (other, tokenizer))
+    if other.get_vocab() != tokenizer.get_vocab() or theirs != ours:
         sandbox.fail(f"the tokenizer of {path} is not the policy's; train the RM from this policy")
     model = load_model(AutoModelForSequenceClassification, path, tokenizer)
     if not getattr(model.config, "reward_std", 0) > 0:

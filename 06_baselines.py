@@ -234,8 +234,7 @@ def main(cfg):
 
     # ---- problems, models, optimiser
     problems, validation = sandbox.read_problems(cfg.data), sandbox.read_problems(cfg.validation)
-    sandbox.check_model(cfg.policy, policy=True)
-    tokenizer = sandbox.load_tokenizer(cfg.policy)
+    tokenizer = sandbox.load_tokenizer(cfg.policy, policy=True)
     policy, reference = load_policy(cfg.policy, tokenizer, cfg, device)
     reward_model = load_reward_model(cfg.reward_model, tokenizer).to(device)
     sampler = reference if offline else policy
@@ -425,8 +424,8 @@ def load_model(model_class, path, tokenizer, **options):
 def load_reward_model(path, tokenizer):
     """The reward model of stage 2, refused where it reads other tokens than the policy writes."""
     other = sandbox.load_tokenizer(path)
-    prompt, same = (sandbox.encode_prompt(t, "QUESTION") for t in (other, tokenizer))
-    if other.get_vocab() != tokenizer.get_vocab() or prompt != same:
+    theirs, ours = (sandbox.encode_prompt(t, "QUESTION") for t in (other, tokenizer))
+    if other.get_vocab() != tokenizer.get_vocab() or theirs != ours:
         sandbox.fail(f"the tokenizer of {path} is not the policy's; train the RM from this policy")
     model = load_model(AutoModelForSequenceClassification, path, tokenizer)
     if not getattr(model.config, "reward_std", 0) > 0:

@@ -268,11 +268,10 @@ def main(cfg):
     problems, validation = sandbox.read_problems(cfg.data), sandbox.read_problems(cfg.validation)
     if not any(problem["entry_point"] for problem in problems):
         sandbox.fail(f"{cfg.data}: no problem has an entry_point, which a test must call")
-    sandbox.check_model(cfg.policy, policy=True)
     device, amp = set_up(cfg)
 
     # ---- models: the starting policy is also reference, writer of tests and offline sampler
-    tokenizer = sandbox.load_tokenizer(cfg.policy)
+    tokenizer = sandbox.load_tokenizer(cfg.policy, policy=True)
     policy, reference = load_policy(cfg.policy, tokenizer, cfg, device)
     lr = cfg.lr or (5e-5 if cfg.online else 2e-5)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)

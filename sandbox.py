@@ -932,18 +932,20 @@ def progress_bar(total, label, unit="it"):
 # ---------------------------------------- prompts and responses as token ids
 
 
-def load_tokenizer(path, plain=False):
+def load_tokenizer(path, plain=False, policy=False):
     """A tokenizer whose EOS closes a response and whose pad token is another.
 
     A chat template may close a turn with another token than the tokenizer's EOS (ChatML
     <|im_end|>, Gemma <end_of_turn>). An instruction-tuned model emits that one, so it becomes the
     EOS. A pad token equal to EOS would hide the EOS that we train.
 
-    Args: plain: drop the chat template, in saved copies, too.
+    Args:
+        plain: drop the chat template, in saved copies, too.
+        policy: refuse a reward model.
     """
     from transformers import AutoTokenizer
 
-    check_model(path)
+    check_model(path, policy)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if plain:
         tokenizer.chat_template = None
