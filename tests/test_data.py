@@ -230,6 +230,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     for split in (*stage.SPLITS, "plum"):
         a, b, c = ((tmp_path / name / f"{split}.jsonl").read_bytes() for name in "abc")
         assert a == b != c
+    sft, plum = ((tmp_path / f"a/{name}.jsonl").read_bytes() for name in ("sft", "plum"))
+    assert plum.startswith(sft) and b"# tests" in plum[len(sft) :]  # solutions, then requests
 
 
 def test_the_example_in_the_docstring():

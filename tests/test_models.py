@@ -59,18 +59,21 @@ def sample(ppo, policy, prompts, repeats, temperature=1.0, **options):
     return ppo.generate(policy, Tokens(), prompts, repeats, temperature, cfg)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature, size", [(0.0, 8), (1.0, 8), (1.0, 1)])
 def test_the_bar_of_the_sampler_moves_with_each_token_and_ends_full(
-    ppo, llama_folder, monkeypatch, temperature
+    ppo, llama_folder, monkeypatch, temperature, size
 ):
-    """Rows that leave a batch early, those that stay to its end, and several batches."""
+    """Rows that leave a batch early, those that stay to its end, and batches that end early."""
     bars, make = [], ppo.sandbox.progress_bar
     monkeypatch.setattr(
         ppo.sandbox, "progress_bar", lambda *args: bars.append(make(*args)) or bars[-1]
     )
-    cfg = ppo.Config(max_new_tokens=12, generate_batch_size=8)
+    torch.manual_seed(0)
+    cfg = ppo.Config(max_new_tokens=12, generate_batch_size=size)
     prompts = [[2 + k, 5, 6] for k in range(6)]
-    ppo.generate(load_policy(ppo, llama_folder), Tokens(), prompts, 5, temperature, cfg, "sampling")
+    policy = load_policy(ppo, llama_folder)
+    responses, _ = ppo.generate(policy, Tokens(), prompts, 5, temperature, cfg, "sampling")
+    assert size > 1 or min(map(len, responses)) < 12 == max(map(len, responses))
     (bar,) = bars
     assert bar.n == bar.total == 30 * 12
 
