@@ -113,14 +113,6 @@ def plan():
     tested = ["none", "random2", "bw", *CRITIC_FREE]
     runs += [training("tests", m, seed, "--reward", "tests") for seed in SEEDS[:3] for m in tested]
 
-    runs += [profile_run(profile) for profile in PROFILES]
-    runs += [rm_run(f"rm_{rm}", 0, *flags) for rm, flags in RMS.items()]
-    for seed in SEEDS[:3]:  # what the reward and its errors do
-        for m in FILTERS[1:4]:
-            runs += [training(f"profile_{p}", m, seed, "--profile", p) for p in PROFILES]
-            runs += [training(f"rm_{r}", m, seed, rm=f"rm_{r}/0/rm/0") for r in RMS]
-            runs += [training(f"kl_{c}", m, seed, "--kl_coef", c) for c in KL_COEFS]
-
     sft = "main/0/sft/0"  # learns to write tests, too
     command = ["01_sft.py", "--model", f"out/tables/{sft}", "--data", "{data}/plum.jsonl"]
     command += ["--out", "{out}", "--epochs", "2", "--lr", "1e-3", "--threads", "1", "--resume"]
@@ -128,6 +120,14 @@ def plan():
     runs.append(make_run("main", "plum_sft", 0, 0, sft, command, evaluation))
     others = [*OTHER_FILTERS, *BASELINES, *CRITIC_FREE, *PLUM]
     runs += [training("main", method, seed) for seed in SEEDS for method in others]
+
+    runs += [profile_run(profile) for profile in PROFILES]
+    runs += [rm_run(f"rm_{rm}", 0, *flags) for rm, flags in RMS.items()]
+    for seed in SEEDS[:3]:  # what the reward and its errors do
+        for m in FILTERS[1:4]:
+            runs += [training(f"profile_{p}", m, seed, "--profile", p) for p in PROFILES]
+            runs += [training(f"rm_{r}", m, seed, rm=f"rm_{r}/0/rm/0") for r in RMS]
+            runs += [training(f"kl_{c}", m, seed, "--kl_coef", c) for c in KL_COEFS]
     return runs
 
 
@@ -193,7 +193,7 @@ def training(group, method, seed, *flags, pipeline=0, rm=None):
         command += ["--reward_model", f"out/tables/{rm}"]
     command += [*flags, "--policy", f"out/tables/{policy}"]
     command += ["--data", "{data}/ppo.jsonl", "--validation", "{data}/validation.jsonl"]
-    command += ["--out", "{out}", *ONE_CORE]
+    command += ["--out", "{out}", "--eval_every", "15", *ONE_CORE]  # the last policy is evaluated
     commands = [command, [*EVALUATION, "--policies", "{out}/last"]]
     if group == "main" and method in FILTERS:
         files = [f"{{out}}/rollouts/{i:04d}.jsonl" for part in ALONG.values() for i in part]
@@ -280,6 +280,18 @@ def to_do(recorded, only=""):
     return [run for name, run in runs.items() if name in wanted]
 
 
+def compare(record, recorded):
+    """Refuse a run that was made again and came out otherwise: on another processor it may.
+
+    Runs that start from its models could not be compared with the recorded ones.
+    """
+    parts = ("test", "r2")
+    if recorded and [record.get(p) for p in parts] != [recorded.get(p) for p in parts]:
+        raise RuntimeError(
+            f"it differs from its record in {RESULTS}; delete all records of its pipeline"
+        )
+
+
 def run_all(cfg):
     """What is to do, `--jobs` runs at a time, until the budget is spent.
 
@@ -287,9 +299,9 @@ def run_all(cfg):
     """
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    recorded = {record["name"] for record in read_results()}
+    recorded = {record["name"]: record for record in read_results()}
     waiting = to_do(recorded, cfg.only)
-    done = recorded - {run["name"] for run in waiting}
+    done = recorded.keys() - {run["name"] for run in waiting}
     RESULTS.parent.mkdir(exist_ok=True)
     lock, started, running, failed = threading.Lock(), time.time(), set(), []
 
@@ -307,6 +319,7 @@ def run_all(cfg):
                 continue
             try:
                 record = carry_out(run) | {"commit": commit}
+                compare(record, recorded.get(run["name"]))
                 if run["name"] not in recorded:
                     with lock, open(RESULTS, "ab", buffering=0) as file:
                         file.write(f"{json.dumps(record)}\n".encode())  # at once: no torn line
