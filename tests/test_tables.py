@@ -1,5 +1,6 @@
 """tools/tables.py: runs are commands that their scripts take, and tables say what records say."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -189,6 +190,28 @@ def test_what_a_run_needs_is_made_again_where_its_files_are_gone(tmp_path, monke
         (tmp_path / folder).mkdir(parents=True)
     names = [run["name"] for run in tables.to_do(recorded, "main/0/br")]
     assert names[:2] == ["main/0/sft/0", "main/0/br/0"]
+
+
+@pytest.mark.parametrize("score", [0.5, 0.6])
+def test_a_run_made_again_that_differs_from_its_record_is_refused(
+    score, tmp_path, monkeypatch, capsys
+):
+    """On another processor a model may come out otherwise, and runs with it would be unlike."""
+    monkeypatch.chdir(tmp_path)
+    recorded = record("sft", 0, 0.5)
+    tables.RESULTS.parent.mkdir()
+    tables.sandbox.write_jsonl(tables.RESULTS, [recorded])
+    runs = {run["name"]: run for run in tables.plan()}
+    runs["main/0/sft/0"]["needs"] = None
+    runs["main/0/rm/0"]["needs"] = "main/0/sft/0"
+    monkeypatch.setattr(tables, "plan", lambda: [runs["main/0/sft/0"], runs["main/0/rm/0"]])
+    made = {"sft": record("sft", 0, score), "rm": record("rm", 0, 0.7)}
+    monkeypatch.setattr(tables, "carry_out", lambda run: made[run["method"]])
+    with contextlib.nullcontext() if score == 0.5 else pytest.raises(SystemExit, match="sft/0"):
+        tables.run_all(tables.Config("run"))
+    names = [run["name"] for run in tables.read_results()]
+    assert names == ["main/0/sft/0", "main/0/rm/0"][: 2 if score == 0.5 else 1]
+    assert ("differs from its record" in capsys.readouterr().err) == (score == 0.6)
 
 
 @pytest.mark.parametrize(
