@@ -18,15 +18,17 @@ What a candidate answers never leads there.
 
 import ast
 import builtins
-import collections
+import collections.abc
 import contextlib
 import copy
 import enum
 import functools
 import json
 import marshal
+import math
 import operator
 import re
+import symtable
 import sys
 import warnings
 from decimal import Decimal
@@ -108,7 +110,7 @@ def pack(x, other, depth=0):
     fields = getattr(kind, "_fields", None)
     if issubclass(kind, tuple) and type(fields) is tuple and tuple.__len__(x) == len(fields):
         return {"named": [kind.__name__, list(fields), parts(tuple.__iter__(x))]}
-    if kind.__module__ == "numpy" and (x.dtype.hasobject or x.dtype.names):
+    if is_numpy(kind) and (x.dtype.hasobject or x.dtype.names):
         return other(x)
     for base in kind.__mro__[:-1]:
         name = f"{base.__module__}.{base.__qualname__}".removeprefix("builtins.")
@@ -119,6 +121,11 @@ def pack(x, other, depth=0):
         if name in SHAPES:
             return {name: parts(SHAPES[name](x, base))}
     return other(x)
+
+
+def is_numpy(kind):
+    """Whether this is the type of an array or a number of numpy."""
+    return kind.__module__ == "numpy" and hasattr(kind, "dtype")
 
 
 def unpack(data, handle):
@@ -276,12 +283,15 @@ def describe(error):
 
 
 COMPARE = "lt le gt ge sub isub"  # `abs(f(1) - 3)`: f's object must not hear of the 3
-COMPUTE = "add mul truediv floordiv mod pow and or xor matmul iadd imul"
+COMPUTE = """add mul truediv floordiv mod pow and or xor matmul lshift rshift
+    iadd imul itruediv ifloordiv imod iand ior ixor"""
 OPERATORS = f"{COMPARE} {COMPUTE} eq abs neg pos invert index contains getitem setitem delitem"
-FUNCTIONS = """bool len int float round iter next str repr hash format reversed getattr setattr
-    isinstance issubclass"""
+CONVERT = "int float complex bytes abs neg pos invert index round floor ceil trunc contains"
+FUNCTIONS = """bool len int float complex bytes round iter next str repr hash format reversed
+    getattr setattr isinstance issubclass"""
 ACTIONS = {name: getattr(operator, f"__{name}__") for name in OPERATORS.split()}
 ACTIONS |= {name: getattr(builtins, name) for name in FUNCTIONS.split()}
+ACTIONS |= {name: getattr(math, name) for name in ("floor", "ceil", "trunc")}
 ACTIONS |= {
     "call": lambda f, /, *args, **kwargs: f(*args, **kwargs),
     "method": lambda x, name, /, *args, **kwargs: getattr(x, name)(*args, **kwargs),
@@ -304,18 +314,31 @@ def answer(size, line):
         Answers(module).serve(judge, flush)
 
 
+CHANGEABLE = (list, dict, set, bytearray, collections.deque)  # that can change
+MOST_KEPT = 64
+
+
+def copied(packed, value):
+    """`pack` gives a list of atoms as it is."""
+    return list(packed) if packed is value else packed
+
+
 class Answers:
     """U's objects that J has handles for, and the loop that answers."""
 
     def __init__(self, module):
         self.names, self.objects, self.keys = module.__dict__, {}, {}
+        self.kept = {}  # containers that J has copies of: [the container, how J knows it]
 
     def find(self, key):
         """The object behind a handle: a global name as it is now, or an object answered before."""
         if key.startswith("g:"):
             if key[2:] not in self.names:
                 raise NameError(f"name {key[2:]!r} is not defined")
-            x = self.objects[key] = self.names[key[2:]]
+            x, old = self.names[key[2:]], self.objects.get(key)
+            if self.keys.get(id(old)) == key:
+                del self.keys[id(old)]  # bound anew: another object may get this id
+            self.objects[key] = x
             self.keys.setdefault(id(x), key)
         return self.objects[key]
 
@@ -336,20 +359,47 @@ class Answers:
             judge.send(reply)
 
     def act(self, action, args, kwargs):
-        """The value, and the arguments where the candidate has changed them in place."""
+        """[value], or all that J has to know: [value, arguments, keywords, number, changes].
+
+        The arguments where the candidate has changed them in place; the number under which it keeps
+        this container, if it does; and what became of those that it kept before.
+        """
         real = unpack(args, self.find)
         named = {k: unpack(v, self.find) for k, v in kwargs.items()}
-        value = pack(ACTIONS[action](*real, **named), self.keep)
-        if not named and ATOMS.issuperset(map(type, real)):
-            return [value]
-        now = [pack(real, self.keep), {k: pack(v, self.keep) for k, v in named.items()}]
-        return [value] if now == [args, kwargs] else [value, *now]
+        value = ACTIONS[action](*real, **named)
+        packed = pack(value, self.keep)
+        changes = self.changes() if self.kept else []
+        number = self.number_of(value, packed) if isinstance(value, CHANGEABLE) else None
+        now = [args, kwargs]
+        if named or not ATOMS.issuperset(map(type, real)):
+            now = [pack(real, self.keep), {k: pack(v, self.keep) for k, v in named.items()}]
+        if now == [args, kwargs] and number is None and not changes:
+            return [packed]
+        return [packed, *now, number, changes]
+
+    def number_of(self, value, packed):
+        """A number for a container that somebody beside this request refers to, else None."""
+        key = next((key for key, (x, _) in self.kept.items() if x is value), None)
+        if key is None and sys.getrefcount(value) > 3:  # our caller's name, ours, the argument
+            key = str(len(self.kept)) if len(self.kept) < MOST_KEPT else None
+        if key is not None:
+            self.kept[key] = value, copied(packed, value)
+        return key
+
+    def changes(self):
+        """{number: new value} of the kept containers that have changed since J last heard."""
+        found = {}
+        for key, (value, packed) in self.kept.items():
+            now = pack(value, self.keep)
+            if now != packed:
+                found[key], self.kept[key] = now, (value, copied(now, value))
+        return found
 
     def error(self, number, error):
         known = [c.__name__ for c in type(error).__mro__ if vars(builtins).get(c.__name__) is c]
         reply = [number, "error", type(error).__name__, known, describe(error)]
-        try:
-            return message([*reply, pack(error.args, self.keep)])  # tests may look at str(error)
+        try:  # tests may look at these
+            return message([*reply, pack([error.args, str(error), vars(error)], self.keep)])
         except BaseException:
             return message(reply)
 
@@ -376,7 +426,8 @@ class Remote:
         self.line, self.methods = line, methods
         self.number = 0  # of the last request
         self.over = None  # Gone or CannotSend: kept, since an `except:` of the tests may hide it
-        self.lengths = {}  # of objects, since one of them was last asked to do something
+        self.kept = {}  # our copies of containers that U keeps, by U's numbers
+        self.lengths = {}  # of objects, since they were last asked to do something
 
     def stop(self, error):
         self.over = error
@@ -405,7 +456,7 @@ class Remote:
         if isinstance(x, Proxy):
             return {"h": x._key}
         # These can come from what the candidate answered, which must not decide how the tests run.
-        if isinstance(x, BaseException) or type(x).__module__ == "numpy":
+        if isinstance(x, BaseException) or is_numpy(type(x)):
             raise TypeError(f"the tests pass a {type(x).__name__}, which cannot be sent")
         self.stop(CannotSend(f"pass a {type(x).__name__}"))
 
@@ -414,7 +465,10 @@ class Remote:
         if self.over:
             raise self.over
         if action in CHANGES:
-            self.lengths.clear()
+            asked = [x._key for x in args if isinstance(x, Proxy)]
+            for key, (_, kind) in list(self.lengths.items()):
+                if kind is UnderTest or key in asked:
+                    del self.lengths[key]
         sent = [pack(list(args), self.refuse), {k: pack(v, self.refuse) for k, v in kwargs.items()}]
         self.number += 1
         request = message([self.number, action, *sent])
@@ -426,31 +480,43 @@ class Remote:
         if kind == "error":
             raise self.error(action, *parts)
         try:
-            if len(parts) > 1:
-                for old, new in zip(args, unpack(parts[1], self.handle)):
-                    change(old, new)
-                for name in kwargs:
-                    change(kwargs[name], unpack(parts[2][name], self.handle))
-            return unpack(parts[0], self.handle)
+            value = unpack(parts[0], self.handle)
+            if len(parts) == 1:
+                return value
+            _, now, named, number, changes = parts
+            for old, new in zip(args, unpack(now, self.handle)):
+                change(old, new)
+            for name in kwargs:
+                change(kwargs[name], unpack(named[name], self.handle))
+            for key, new in (changes or {}).items():
+                change(self.kept[key], unpack(new, self.handle))
+            if number is not None:
+                value = self.kept[number] = change(self.kept.get(number), value)
+            return value
         except MemoryError:
             raise
         except Exception as error:
             raise RuntimeError(f"the candidate's reply makes no sense: {error!r}") from None
 
-    def error(self, action, name, classes, text, args=None):
+    def error(self, action, name, classes, text, details=None):
         """An exception of U: its first builtin class that takes the arguments, by U's own name."""
-        arguments = unpack(args, self.handle) if args is not None else None
-        arguments = arguments if type(arguments) is tuple else (str(text),)
-        for known in [*map(str, classes), "RuntimeError"]:
+        arguments, said, attributes = unpack(details, self.handle) or ((str(text),), None, {})
+        classes = [*map(str, classes), "Exception"]
+        if "Exception" not in classes[:-1]:  # sys.exit() is none
+            classes = ["BaseException"]
+        for known in classes:
             kind = getattr(builtins, known, None)
-            if not isinstance(kind, type) or not issubclass(kind, Exception):
+            if not isinstance(kind, type) or not issubclass(kind, BaseException):
                 continue
             if issubclass(kind, StopIteration) and action != "next":
-                kind = RuntimeError  # it would end `all(map(f, xs))` with success
+                continue  # it would end `all(map(f, xs))` with success
             try:
                 if name != kind.__name__:
                     kind = type(name, (kind,), {})
                 error = kind(*arguments)
+                if said not in (None, str(error)):
+                    error = type(name, (kind,), {"__str__": lambda self: str(said)})(*arguments)
+                error.__dict__.update(attributes)
             except Exception:
                 continue  # UnicodeDecodeError and its like want more
             error.remote = str(text)
@@ -475,6 +541,8 @@ def change(old, new):
         old.extend(new)
     elif type(old).__name__ == "ndarray" and old.shape == new.shape:
         old[...] = new
+    elif type(old).__name__ == "array":
+        old[:] = new
     else:
         return new
     return old
@@ -506,7 +574,10 @@ class Proxy:
             raise AttributeError(f"{name}: a library needs plain data here")
         if name in self._remote.methods:
             return functools.partial(self._method, name)  # only called: one message, not two
-        return self._remote.ask("getattr", self, name)
+        value = self._remote.ask("getattr", self, name)
+        if type(self) is Proxy and name in DATA_METHODS and isinstance(value, Proxy):
+            return functools.partial(self._method, name)
+        return value
 
     def _method(self, name, /, *args, **kwargs):
         if name in DATA_METHODS and (args or kwargs or name.startswith("is")):
@@ -526,14 +597,18 @@ class Proxy:
 
     def __iter__(self):
         iterator, count = self._remote.ask("iter", self), 0
+        lengths = self._remote.lengths
+        again = getattr(iterator, "_key", None) != self._key  # an iterator only goes on
         while True:
             try:
                 value = self._remote.ask("next", iterator)
             except StopIteration:
                 break
             count += 1
+            if again and self._key in lengths and count > lengths[self._key][0]:
+                self._count(count)
             yield value
-        if iterator != self:  # an iterator only goes on
+        if again or type(self) is Proxy and self._key in lengths:
             self._count(count)
 
     def __len__(self):
@@ -541,7 +616,7 @@ class Proxy:
 
     def _count(self, length):
         """Refuse a length that iteration does not yield: 3, and zip(x, expected) is empty."""
-        if self._remote.lengths.setdefault(self._key, length) != length:
+        if self._remote.lengths.setdefault(self._key, (length, type(self)))[0] != length:
             raise TypeError("the length of the candidate's object is not what it yields")
         return length
 
@@ -568,6 +643,11 @@ class UnderTest(Proxy):
     def __call__(self, *args, **kwargs):
         value = super().__call__(*args, **kwargs)
         return self._own(value) if self._key.startswith("g:") else value
+
+    def __len__(self):  # it may have changed; what it yields next is compared with this
+        length = self._remote.ask("len", self)
+        self._remote.lengths[self._key] = length, UnderTest
+        return length
 
     def _own(self, value):
         return UnderTest(value._remote, value._key) if isinstance(value, Proxy) else value
@@ -608,7 +688,7 @@ for _name in ("getitem", "setitem", "delitem", "next", "str", "repr", "format", 
     setattr(Proxy, f"__{_name}__", forward(_name))
 for _name in f"{COMPARE} {COMPUTE}".split():
     setattr(Proxy, f"__{_name}__", between(_name))
-for _name in ("int", "float", "abs", "neg", "pos", "invert", "index", "round", "contains"):
+for _name in CONVERT.split():
     setattr(UnderTest, f"__{_name}__", forward(_name))
 for _name in COMPUTE.split():
     setattr(UnderTest, f"__{_name}__", with_data(_name))
@@ -677,9 +757,7 @@ def plan(setup, tests, entry_point):
         trees.insert(0, ast.Module([n for n in trees[0].body if isinstance(n, EARLY)], []))
         codes = [compile(tree, "tests.py", "exec", dont_inherit=True) for tree in trees]
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    words = [node for node in nodes if isinstance(node, ast.Name)]
-    used = {word.id for word in words if isinstance(word.ctx, ast.Load)}
-    bound = {word.id for word in words if not isinstance(word.ctx, ast.Load)} | definitions(nodes)
+    used, bound = global_names((setup, *tests))
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
     # A function's name as an argument, `check(f)`, is a function, too.
@@ -691,7 +769,7 @@ def plan(setup, tests, entry_point):
     entry = first_name(entry_point)
     names = {n for n in used - bound if not hasattr(builtins, n) and n != "run_case"} - {entry}
     library = names & ((MODULES | {"np"}) - called | (LIBRARY.keys() if entry_point else set()))
-    names = names - library | ({entry} & used)  # only the entry point may hide a builtin
+    names = names - library | ({entry} & loaded(trees))  # it alone may hide a builtin
     called = names & (called | passed & {entry})
     why = why_one_process(nodes, names | {"candidate"}, names - called)
     if not names and "solution" not in why:
@@ -718,13 +796,23 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 EARLY = (ast.Import, ast.ImportFrom, ast.ClassDef)  # a candidate's annotations may name them
 
 
-def definitions(nodes):
-    """The names that definitions, imports, arguments and `except ... as` bind."""
-    named = (*FUNCTION, ast.ClassDef, ast.ExceptHandler)
-    found = {node.name for node in nodes if isinstance(node, named)}
-    found |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    aliases = [node for node in nodes if isinstance(node, ast.alias)]
-    return found | {(alias.asname or alias.name).split(".")[0] for alias in aliases}
+BLOCKS = (*FUNCTION, ast.ClassDef, ast.If, ast.For, ast.While)
+
+
+def global_names(sources):
+    """(names that are looked up as global somewhere, names that are bound as global)."""
+    tables = [symtable.symtable(source, "tests.py", "exec") for source in sources]
+    used, bound = set(), set()
+    for table in tables:  # grows by the functions and classes in it
+        tables += table.get_children()
+        top = table.get_type() == "module"
+        for name in table.get_symbols():
+            binds = name.is_assigned() or name.is_imported() or name.is_namespace()
+            if binds and (top or name.is_declared_global()):
+                bound.add(name.get_name())
+            elif name.is_global() or top:
+                used.add(name.get_name())
+    return used, bound
 
 
 def refuse_empty(tree):
@@ -732,105 +820,160 @@ def refuse_empty(tree):
     expressions = [node.value for node in tree.body if isinstance(node, ast.Expr)]
     if len(tree.body) == sum(isinstance(value, ast.Constant) for value in expressions):
         raise ValueError("a test is empty")
-    inner = [node for f in tree.body if isinstance(f, ast.FunctionDef) for node in f.body]
-    for node in tree.body + inner:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Compare):
+    nodes = list(tree.body)
+    for node in nodes:  # grows by what is in functions, classes, loops, conditions
+        nodes += node.body if isinstance(node, BLOCKS) else []
+        if isinstance(node, ast.Expr) and compares(node.value):
             raise ValueError(f"line {node.lineno}: a comparison without `assert` tests nothing")
+
+
+def compares(value):
+    if isinstance(value, ast.BoolOp):
+        return compares(value.values[-1])
+    return isinstance(value, ast.Compare)
+
+
+def loaded(nodes):
+    """The names that are read somewhere in these nodes."""
+    names = [n for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)]
+    return {name.id for name in names if isinstance(name.ctx, ast.Load)}
+
+
+SETUPS = ("setUpModule", "setup_module", "setup_function")
 
 
 def call_what_nobody_calls(trees, entry_point):
     """Add a test runner's calls: check(entry_point), test functions, classes of tests."""
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    for tree in trees:
+        tree.body = [node for outer in tree.body for node in below_guard(outer)]
+    body = [node for tree in trees for node in tree.body]
+    cases = cases_in(body)
+    runs = [node for node in body if is_root(node, cases)]
+    for node in runs:  # grows by the definitions that these use
+        names = loaded([node])
+        runs += [n for n in body if getattr(n, "name", "") in names and n not in runs]
+    used = loaded(runs)
     for tree in trees:
         calls, never = [], []
         for node in tree.body:
             name = getattr(node, "name", "")
             run = "__import__('asyncio').run" * isinstance(node, ast.AsyncFunctionDef)
-            if isinstance(node, ast.ClassDef) and is_case(node):
-                calls.append(f"run_case({name})")
+            if name in cases:
+                if name not in used or has_tests(node):
+                    calls.append(f"run_case({name})")
             elif not isinstance(node, (*FUNCTION, ast.ClassDef)) or name in used:
                 continue
             elif name == "check":
                 if not entry_point:
                     raise ValueError("check(candidate) needs an entry_point")
                 calls.append(f"{run}(check({entry_point}))")
+            elif name in SETUPS:
+                calls.insert(0, f"{name}()")
             elif name.startswith("test"):
                 if len(node.args.args) > len(node.args.defaults) or node.args.kwonlyargs:
                     raise ValueError(f"{name} takes arguments, which only a test runner has")
                 calls.append(f"{run}({name}())")
             elif tree is not trees[0] and not node.decorator_list and not getattr(node, "bases", 0):
                 never.append(node)
-        # `unittest.main()` would look for tests in another module, and end the process
-        tree.body = [n for n in tree.body if n not in never and not runs_unittest(n)]
+        tree.body = [n for n in tree.body if n not in never]
         # What the setup defines runs with the last test.
         place = trees[-1] if tree is trees[0] else tree
         place.body += ast.parse("\n".join(calls)).body
 
 
-def is_case(node):
-    bases = [ast.unparse(base) for base in node.bases]
-    case = any(base.endswith("TestCase") for base in bases)
-    tests = [n for n in node.body if getattr(n, "name", "").startswith("test")]
-    if any(isinstance(n, ast.AsyncFunctionDef) for n in tests) and "Isolated" not in str(bases):
-        raise ValueError(f"{node.name}: nobody awaits its tests")
-    return case or node.name.startswith("Test") and (tests or not bases)
+def below_guard(node):
+    """What `if __name__ == "__main__":` holds; nothing of `unittest.main()`.
 
-
-def runs_unittest(node):
+    That would look for tests in another module, and end the process.
+    """
     if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
-        return all(runs_unittest(n) for n in node.body)
-    return isinstance(node, ast.Expr) and ast.unparse(node.value).startswith("unittest.main(")
+        return [n for inner in node.body for n in below_guard(inner)]
+    is_main = isinstance(node, ast.Expr) and ast.unparse(node.value).startswith("unittest.main(")
+    return [] if is_main else [node]
+
+
+def is_root(node, cases):
+    """Whether this statement runs although nothing else uses it."""
+    name = getattr(node, "name", "")
+    definition = isinstance(node, (*FUNCTION, ast.ClassDef))
+    return not definition or name in (*cases, *SETUPS, "check") or name.startswith("test")
+
+
+def cases_in(body):
+    """The names of the classes whose tests are run: of unittest, or as pytest has them."""
+    aliases = [alias for n in body if isinstance(n, ast.ImportFrom) for alias in n.names]
+    unittest = {a.asname for a in aliases if a.name.endswith("TestCase")} - {None}
+    cases = set()
+    for node in body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+        tests = [n for n in node.body if getattr(n, "name", "").startswith("test")]
+        isolated = any("Isolated" in base for base in bases)
+        if any(isinstance(n, ast.AsyncFunctionDef) for n in tests) and not isolated:
+            raise ValueError(f"{node.name}: nobody awaits its tests")
+        derived = any(base.endswith("TestCase") or base in unittest | cases for base in bases)
+        if derived or node.name.startswith("Test") and (tests or not bases):
+            cases.add(node.name)
+    return cases
+
+
+def has_tests(node):
+    return any(getattr(n, "name", "").startswith("test") for n in node.body)
 
 
 EXCEPTIONS = ("Error", "Exception", "Warning")
 BUILTINS = vars(builtins).keys()
-CHANGING = ("append", "extend", "insert", "remove", "pop", "clear", "update", "discard")
+CHANGES_IT = """append extend insert remove pop clear update discard sort reverse setdefault
+    popitem appendleft extendleft popleft rotate subtract difference_update intersection_update
+    symmetric_difference_update"""
+CHANGES_FIRST = "heappush heappop heapify heapreplace heappushpop shuffle insort"
+CHANGING, CHANGING_FIRST = set(CHANGES_IT.split()), set(CHANGES_FIRST.split())
+ABSTRACT = {*collections.abc.__all__, "callable"}  # a stand-in has all their methods
 
 
 def why_one_process(nodes, names, read):
     """What these tests do that takes the candidate in their own process, or ""."""
-    given = dict.fromkeys(read, True)  # what holds things of the candidate: whether plain data
+    cases, made = cases_in(nodes), any(name[:1].isupper() for name in names)
+    if changes_what_is_shared(nodes, names, read):
+        return "change what the candidate gave or was given"
 
     def ids(node):
         return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
-    def is_given(place):
-        text = ast.unparse(place)  # log; tree.children
-        return given.get(text) or text.startswith(tuple(x + end for x in given for end in ".["))
-
     for node in nodes:
         match node:
-            case ast.Assign(targets=[target], value=value) if ids(value) & (names | given.keys()):
-                is_data = not any(name[:1].isupper() for name in ids(value) & names)
-                # An object may keep its arguments.
-                given = dict.fromkeys(() if is_data else ids(value), True) | given
-                given |= {ast.unparse(x): is_data for x in getattr(target, "elts", [target])}
             case ast.Name(id=word) | ast.Attribute(attr=word) | ast.keyword(arg=word) if (
                 word in SHARED - names
             ):
                 return f"use {word}"
-            case ast.Call(func=ast.Name(id="compile" | "id" as word)):
+            case ast.Call(func=ast.Name(id="compile" | "id" | "callable" as word)):
                 return f"use {word}"
+            case ast.Call(ast.Name(id="isinstance" | "issubclass"), [_, kind]) if ABSTRACT & set(
+                re.findall(r"\w+", ast.unparse(kind))
+            ):
+                return f"ask for {ast.unparse(kind)}"
+            case ast.Call(ast.Name(id="hasattr"), [_, ast.Constant(value=str(word))]) if (
+                word.startswith("__")
+            ):
+                return f"ask for {word}"
             case ast.Attribute(attr=word) if re.fullmatch("__(?!name|init).*__", word):
                 return f"use {word}"
-            case ast.Subscript(value=place, ctx=ast.Store() | ast.Del()) if is_given(place):
-                return "change what the candidate gave"
-            case ast.Attribute(value=place, attr=word) if word in CHANGING and is_given(place):
-                return "change what the candidate gave"
             case ast.Name(id=word) if word in names and word.endswith(EXCEPTIONS):
                 return f"name the candidate's {word}"
-            case ast.ExceptHandler(type=ast.AST() as kind) if ids(kind) - BUILTINS:
-                return "catch an exception that is no builtin"
-            case ast.Call(ast.Attribute(attr=f), [x, *_]) if "Raises" in f and ids(x) - BUILTINS:
-                return "expect an exception that is no builtin"
+            case ast.ExceptHandler(type=ast.AST() as kind) if not judged(ids(kind), made):
+                return "catch an exception that is no builtin, or the judge's own"
+            case ast.Call(ast.Attribute(attr=f), [x, *_]) if "Raises" in f and not judged(
+                ids(x), made
+            ):
+                return "expect an exception that is no builtin, or the judge's own"
             case ast.Import() | ast.ImportFrom() if not plain_import(node):
                 return f"import {getattr(node, 'module', None) or node.names[0].name}"
             case ast.AsyncFunctionDef() | ast.Await() | ast.AsyncFor() | ast.AsyncWith():
                 return "are asynchronous"
             case ast.With() if not ast.unparse(node.items[0]).startswith("self."):
                 return "enter a context"
-            case ast.ClassDef() if not is_case(node):
+            case ast.ClassDef() if node.name not in cases:
                 return f"define the class {node.name}"
             case ast.Compare() if compares_identities(node, names):
                 return "compare identities"
@@ -841,6 +984,98 @@ def why_one_process(nodes, names, read):
             case ast.BinOp(left=ast.List(elts=[first]), op=ast.Mult()) if not is_constant(first):
                 return "hold one object several times"
     return ""
+
+
+def judged(kinds, made):
+    """Whether J can tell such an exception of the candidate: a builtin one that is not J's own.
+
+    Where a class is under test, J raises these two itself for what it cannot ask.
+    """
+    return not kinds - BUILTINS and not (made and kinds & {"TypeError", "AttributeError"})
+
+
+def changes_what_is_shared(nodes, names, read):
+    """Whether the tests change in place a container that the candidate gave or was given.
+
+    J and U have a copy each. An object of a class under test is one and the same, but what it holds
+    is not: `stack.append(1)`, but `tree.children.append(1)`.
+    """
+    if not read and not any(map(could_change, nodes)):
+        return False
+    functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.Lambda))]
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+    parameters = {arg.arg for f in functions for arg in f.args.args}
+    theirs = names | parameters & called  # of `check(fn)`
+    theirs |= {f.name for f in functions if hasattr(f, "name") and loaded([f]) & theirs}
+    given = dict.fromkeys(read, True)  # what is shared: whether it is plain data
+
+    def is_given(place):
+        text = ast.unparse(place)
+        if isinstance(place, ast.Call) and loaded([place.func]) & theirs:
+            return not text[:1].isupper()  # f().append(1)
+        return given.get(text) or text.startswith(tuple(x + end for x in given for end in ".["))
+
+    for node in in_order(nodes):
+        match node:
+            case (
+                ast.Assign(value=value)
+                | ast.AnnAssign(value=ast.AST() as value)
+                | ast.NamedExpr(value=value)
+                | ast.For(iter=value)
+            ) if loaded([value]) & (theirs | given.keys()):
+                plain = not any(name[:1].isupper() for name in loaded([value]) & theirs)
+                for target in getattr(node, "targets", 0) or [node.target]:
+                    for part, x in paired(target, value):
+                        if loaded([x]) & (theirs | given.keys()):
+                            given[ast.unparse(part)] = plain
+            case ast.Subscript(value=place, ctx=ast.Store() | ast.Del()) if is_given(place):
+                return True
+            case ast.AugAssign(target=place, value=ast.List() | ast.Set() | ast.Dict()) if (
+                given.get(ast.unparse(place))
+            ):
+                return True
+            case ast.Call(ast.Attribute(value=place, attr="add"), [_]) if is_given(place):
+                return True
+            case ast.Attribute(value=place, attr=word) if word in CHANGING and is_given(place):
+                return True
+            case ast.Call(ast.Attribute(attr=word) | ast.Name(id=word), [place, *_]) if (
+                word in CHANGING_FIRST and is_given(place)
+            ):
+                return True
+            case ast.Call(func=f, args=args) if loaded([f]) & theirs or is_given(f):
+                for x in [*args, *(keyword.value for keyword in node.keywords)]:
+                    if isinstance(x, ast.Name) and x.id in read and x.id[:1].islower():
+                        return True  # the candidate gets back a copy of what it holds
+                    shared = [ast.unparse(x)] if isinstance(x, ast.Attribute) else loaded([x])
+                    given = dict.fromkeys(shared, True) | given
+    return False
+
+
+def could_change(node):
+    """Whether this changes a container, if it is about one."""
+    match node:
+        case ast.Attribute(attr=word) | ast.Name(id=word):
+            return word in CHANGING | CHANGING_FIRST | {"add"}
+        case ast.Subscript(ctx=ast.Store() | ast.Del()) | ast.AugAssign():
+            return True
+    return False
+
+
+def paired(target, value):
+    """(target, value) of each part of an assignment: `a, b = f(1), 0`, or `a, b = f(1)`."""
+    targets, values = (getattr(x, "elts", [x]) for x in (target, value))
+    return zip(targets, values if len(values) == len(targets) else [value] * len(targets))
+
+
+def in_order(nodes):
+    """The nodes of several trees that have a place in their source, in its order."""
+    tree, placed = 0, []
+    for node in nodes:
+        tree += isinstance(node, ast.Module)
+        if hasattr(node, "lineno"):
+            placed.append((tree, node.lineno, node.col_offset, len(placed), node))
+    return [node for *_, node in sorted(placed)]
 
 
 def plain_import(node):
@@ -887,8 +1122,10 @@ def same_output(expected, output):
     for line, found in zip(expected, output):
         if line.rstrip() == found.rstrip():
             continue
-        blanks = r"(\s+)" if re.search(r"[^\s\d.eE+-]", line) else r"\s+"
-        words, found = [re.split(blanks, text.rstrip()) for text in (line, found)]
+        numbers = all(map(NUMBER.fullmatch, line.split()))  # blanks may be part of a drawing
+        words, found = [
+            re.split(r"\s+" if numbers else r"(\s+)", x.rstrip()) for x in (line, found)
+        ]
         if len(words) != len(found) or not all(map(same_word, words, found)):
             return False
     return True
@@ -915,10 +1152,13 @@ def run_case(case):
     if not names:
         raise ValueError(f"{case.__name__} holds no test")
     if not issubclass(case, unittest.TestCase):
+        getattr(case, "setup_class", bool)()
         for name in names:
             instance = case()
             for step in ("setup_method", name, "teardown_method"):
-                getattr(instance, step, bool)()
+                method = getattr(instance, step, bool)
+                arguments = method.__code__.co_argcount - 1 if method is not bool else 0
+                method(*[getattr(instance, name)][:arguments])
         return
     result = unittest.TestResult()
     unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
@@ -1026,10 +1266,11 @@ def run_program(size, line):
         exit_code = 0 if end.code is None else end.code if isinstance(end.code, int) else 1
     threading._shutdown()
     atexit._run_exitfuncs()
+    with contextlib.suppress(ValueError):  # it has closed it
+        sys.stdout.flush()  # may be an object of the program's own
     module.__dict__.clear()  # files that it left open are written
-    for file in (sys.stdout, sys.__stdout__):
-        with contextlib.suppress(ValueError):  # it has closed it
-            file.flush()
+    with contextlib.suppress(ValueError):
+        sys.__stdout__.flush()
     if failure:
         caller.send(message({"failure": failure}))
     return exit_code & 255

@@ -186,11 +186,15 @@ def result_of(outcome, count, token, trust):
 def run_program(job, pool):
     """Run the program for each test. All together may take ten times the limit of one."""
     status, error, held, seconds, stdout = "passed", "", 0, 0.0, ""
-    for test in job.tests:
+    try:
+        inputs = [test["input"].encode() for test in job.tests]
+    except (TypeError, ValueError) as reason:  # half a surrogate pair, or statements among them
+        return refused(len(job.tests), f"the tests are refused: {reason}")
+    for test, given in zip(job.tests, inputs):
         now = "timeout", "the tests together took too long"
         if seconds < 10 * job.timeout:
             with open(os.memfd_create("stdin"), "w+b") as stdin:
-                stdin.write(test["input"].encode())
+                stdin.write(given)
                 outcome = pool.run("program", {"code": job.code}, job, stdin)
             seconds += outcome.seconds
             stdout = stdout or outcome.output[: walls.KEEP_OUTPUT]
@@ -330,13 +334,15 @@ class Worker:
             [sys.executable, "-s", "-S", "-X", "utf8", "-X", "int_max_str_digits=0", "-c", code],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            # A pipe that nobody reads, as U's will be: Python asks at its start where one can seek.
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd="/",
             env=ENVIRONMENT,
         )
         theirs.close()
+        self.process.stdout.close()
         self.reports = self.control.makefile("rb", 1 << 16)
         line = self.reports.readline()
         self.layers = json.loads(line) if line else None

@@ -258,6 +258,58 @@ STYLES = {
     "a doc string": ("def f():\n    'Doc.'", ("Doc", "doc"), "assert f.__doc__ == 'Doc.'", "", "in_process"),
     "the type of an object": ("class Box: pass\nclass Other: pass\ndef f(): return Box()", ("return Box", "return Other"), "assert type(f()) == Box", "", "in_process"),
     "annotations with classes of the setup": ("from typing import Optional\ndef f(n: Optional[ListNode]) -> ListNode: return ListNode(n.val + 1)", ("+ 1", "+ 2"), "assert f(ListNode(1)).val == 2", LINKED, "in_process"),
+    # ---- runners, guards and setups of tests
+    "a main guard": (*DOUBLE, "def test_f():\n    assert f(2) == 4\nif __name__ == '__main__':\n    test_f()", "", "split"),
+    "a main guard beside a true assert": ("def f(x): return x * 2", ("x * 2", "0"), "assert f(0) == 0\ndef test_f():\n    assert f(2) == 4\nif __name__ == '__main__':\n    test_f()", "", "split"),
+    "check under a main guard": (*DOUBLE, "import io\ndef check(candidate): assert candidate(2) == 4\nif __name__ == '__main__': check(f)", "", "in_process"),
+    "a runner that nobody calls": ("def f(x): return x * 2", ("x * 2", "0"), "assert f(0) == 0\ndef test_f():\n    assert f(2) == 4\ndef run_all():\n    test_f()", "", "split"),
+    "a TestCase from a TestCase": ("def f(x): return x * 2", ("x * 2", "0"), "import unittest\nclass Base(unittest.TestCase):\n    def test_zero(self): self.assertEqual(f(0), 0)\nclass Doubles(Base):\n    def test_two(self): self.assertEqual(f(2), 4)", "", "split"),
+    "a TestCase by another name": (*DOUBLE, "from unittest import TestCase as TC\nclass Checks(TC):\n    def test_it(self): self.assertEqual(f(2), 4)", "", "split"),
+    "a base TestCase without tests": (*DOUBLE, "import unittest\nclass Base(unittest.TestCase):\n    def setUp(self): self.n = 2\nclass TestF(Base):\n    def test_two(self): self.assertEqual(f(self.n), 4)", "", "split"),
+    "setup_method with its method": (*DOUBLE, "class TestF:\n    def setup_method(self, method): self.n = 2\n    def test_it(self): assert f(self.n) == 4", "", "split"),
+    "setup_class": (*DOUBLE, "class TestF:\n    @classmethod\n    def setup_class(cls): cls.n = 2\n    def test_it(self): assert f(self.n) == 4", "", "split"),
+    "setUpModule": (*DOUBLE, "import unittest\ndef setUpModule():\n    global n\n    n = 2\nclass T(unittest.TestCase):\n    def test_it(self): self.assertEqual(f(n), 4)", "", "split"),
+    "setup_module": (*DOUBLE, "def test_it(): assert f(n) == 4\ndef setup_module():\n    global n\n    n = 2", "", "split"),
+    "a local variable named like another function": ("def f(a): return a * 2\ndef total(x): return sum(x)", ("sum(x)", "0"), "def test_f():\n    total = f(2)\n    assert total == 4\ndef test_total(): assert total([1, 2]) == 3", "", "split"),
+    "an argument named like another function": ("def f(x): return x\ndef node(x): return x + 1", ("+ 1", "+ 2"), "def show(node): return str(node)\nassert show(f(1)) == '1'\nassert node(1) == 2", "", "split"),
+    # ---- copies and aliases
+    "an argument changed later": ("def f(x): return x[:]", ("x[:]", "x"), "a = [1, 2]\nb = f(a)\na.append(3)\nassert b == [1, 2]", "", "in_process"),
+    "an argument changed later, in check": ("def f(x): return x[:]", ("x[:]", "x"), "def check(fn):\n    a = [1]\n    b = fn(a)\n    a.append(2)\n    assert b == [1]", "", "in_process"),
+    "a set changed": ("def f(x): return set(x)", ("set(x)", "x"), "a = {1}\nb = f(a)\nb.add(2)\nassert a == {1}", "", "in_process"),
+    "a list sorted": ("def f(x): return list(x)", ("list(x)", "x"), "a = [2, 1]\nb = f(a)\nb.sort()\nassert a == [2, 1]", "", "in_process"),
+    "a list made longer": ("def f(x): return list(x)", ("list(x)", "x"), "a = [1]\nb: list = f(a)\nb += [2]\nassert a == [1]", "", "in_process"),
+    "two names for a result": ("def f(x): return list(x)", ("list(x)", "x"), "a = [1]\nb = c = f(a)\nb.append(2)\nassert a == [1] and c == [1, 2]", "", "in_process"),
+    "a result by a helper": ("def f(x): return list(x)", ("list(x)", "x"), "def call(x): return f(x)\na = [1]\nb = call(a)\nb.append(2)\nassert a == [1]", "", "in_process"),
+    "a heap": ("def f(x): return list(x)", ("list(x)", "x"), "import heapq\na = [1]\nb = f(a)\nheapq.heappush(b, 0)\nassert a == [1]", "", "in_process"),
+    "a result without a name": ("items = []\ndef f(): return items[:]", ("items[:]", "items"), "f().append(5)\nassert f() == []", "", "in_process"),
+    "rows in a loop": ("def f(n): return [[0] * n for _ in range(n)]", ("[[0] * n for _ in range(n)]", "[[0] * n] * n"), "g = f(2)\nfor i, row in enumerate(g): row[0] = i\nassert g == [[0, 0], [1, 0]]", "", "in_process"),
+    "what a method was given": ("class Box:\n    def __init__(s): s.d = []\n    def put(s, x): s.d.append(dict(x))\n    def get(s): return s.d", ("dict(x)", "x"), "b = Box()\nitem = {'q': 1}\nb.put(item)\nitem['q'] = 0\nassert b.get() == [{'q': 1}]", "", "in_process"),
+    "a global handed back": ("log = []\ndef f(x, v): x.append(v); return len(log)", ("len(log)", "0"), "assert f(log, 1) == 1", "", "in_process"),
+    "a list yielded again and again": ("def f(n):\n    path = []\n    def go(i):\n        if i == n: yield path[:]; return\n        for b in (0, 1): path.append(b); yield from go(i + 1); path.pop()\n    return go(0)", ("path[:]", "path"), "assert list(f(2)) == [[0, 0], [0, 1], [1, 0], [1, 1]]", "", "split"),
+    "a list yielded as it is": ("def f(x):\n    cur = []\n    for v in x: cur.append(v); yield cur", ("cur.append(v)", "cur.insert(0, v)"), "for got, want in zip(f([1, 2]), [[1], [1, 2]]): assert got == want", "", "split"),
+    "a result that a later call changes": ("def f(x, seen=()): seen = [*seen, x]; return seen", ("seen=()): seen = [*seen, x]; return", "seen=[]): seen.append(x); return"), "a = f(1)\nf(2)\nassert a == [1]", "", "split"),
+    "a result that a later call is to change": ("seen = []\ndef f(x): seen.append(x); return seen", ("return seen", "return seen[:]"), "a = f(1)\nassert f(2) == [1, 2]\nassert a == [1, 2]", "", "split"),
+    "a result of a method that a later one changes": ("class Box:\n    def __init__(s): s.x = {}\n    def all(s): return dict(s.x)\n    def put(s, k): s.x[k] = len(s.x)", ("dict(s.x)", "s.x"), "b = Box()\nb.put('a')\nx = b.all()\nb.put('b')\nassert x == {'a': 0} and b.all() == {'a': 0, 'b': 1}", "", "split"),
+    "array changed in place": ("def f(a): a.append(9)", ("9", "8"), "from array import array\na = array('i', [1])\nf(a)\nassert list(a) == [1, 9]", "", "split"),
+    # ---- exceptions
+    "an exception's own text": ("class Bad(ValueError):\n    def __init__(s, x): super().__init__(x); s.code = x\n    def __str__(s): return f'bad {s.code}'\ndef f(x): raise Bad(x)", ("bad {", "{"), "try: f(3)\nexcept ValueError as e: assert str(e) == 'bad 3' and e.code == 3 and e.args == (3,)\nelse: assert 0", "", "split"),
+    "the name of a missing file": ("def f(x): return open(x)", ("open(x)", "open('a')"), "try: f('missing.txt')\nexcept FileNotFoundError as e: assert 'missing.txt' in str(e) and e.errno == 2\nelse: assert 0", "", "split"),
+    "exit where an error is due": ("import sys\ndef f(x): raise RuntimeError(x)", ("raise RuntimeError(x)", "sys.exit(1)"), "try: f(1)\nexcept RuntimeError: pass\nelse: assert 0", "", "split"),
+    "exit where any error is due": ("import sys\ndef f(x): raise KeyError(x)", ("raise KeyError(x)", "sys.exit(1)"), "try: f(1)\nexcept Exception: pass\nelse: assert 0", "", "split"),
+    "StopIteration where an error is due": ("def f(x): raise RuntimeError", ("RuntimeError", "StopIteration"), "try: f(1)\nexcept RuntimeError: pass\nelse: assert 0", "", "split"),
+    "an operator that raises": ("class Box:\n    x = 1\n    def __lt__(s, o): return NotImplemented", ("NotImplemented", "True"), "try: Box() < 3\nexcept TypeError: pass\nelse: assert 0", "", "in_process"),
+    "an attribute that cannot be deleted": ("class Box:\n    __slots__ = ()\n    x = 1", ("    __slots__ = ()\n    x = 1", "    def __init__(s): s.x = 1"), "try: del Box().x\nexcept AttributeError: pass\nelse: assert 0", "", "in_process"),
+    # ---- what every stand-in has
+    "callable": ("def f(x): return len", ("return len", "return x"), "assert callable(f(1))", "", "in_process"),
+    "an abstract class": ("def f(x): return iter([x])", ("iter([x])", "[x]"), "from collections.abc import Iterator\nassert isinstance(f(1), Iterator)", "", "in_process"),
+    "hasattr": ("def f(x): return iter([x])", ("iter([x])", "[x]"), "assert hasattr(f(1), '__next__')", "", "in_process"),
+    "a naive ==": ("class Box:\n    x, y = 1, 2\n    def __eq__(s, o): return s.x == o.x\n    def __iter__(s): return iter((s.x, s.y))", ("(s.x, s.y)", "(s.y, s.x)"), "x, y = Box()\nassert list(Box()) == [x, y] == [1, 2]", "", "split"),
+    "a global bound anew": ("class Box:\n    def __init__(s, n): s.n = n\nbox = Box(0)\ndef put(i):\n    global box\n    box = Box(i)\n    return Box(100 + i)", ("100 +", "99 +"), "for i in range(20):\n    m = put(i)\n    assert box.n == i and m.n == 100 + i", "", "split"),
+    "a length that next changes": ("class Box:\n    n = 3\n    def __len__(s): return s.n\n    def __iter__(s): return s\n    def __next__(s):\n        if not s.n: raise StopIteration\n        s.n -= 1\n        return s.n", ("s.n -= 1", "s.n -= 2"), "b = Box()\nassert len(b) == 3 and next(b) == 2 and len(b) == 2 and list(b) == [1, 0]", "", "split"),
+    "a length that iteration changes": ("class Box:\n    def __init__(s): s.v = [1, 2, 3]\n    def __len__(s): return len(s.v)\n    def __iter__(s):\n        while s.v: yield s.v.pop(0)", ("pop(0)", "pop()"), "b = Box()\nassert len(b) == 3 and list(b) == [1, 2, 3] and len(b) == 0", "", "split"),
+    "a length that an item changes": ("class Box:\n    def __init__(s): s.d = {}\n    def __getitem__(s, k): return s.d.setdefault(k, 0)\n    def __len__(s): return len(s.d)", ("setdefault", "get"), "b = Box()\nassert len(b) == 0 and b['a'] == 0 and len(b) == 1", "", "split"),
+    "numbers of a class": ("class Box:\n    def __init__(s, x): s.x = x\n    def __lshift__(s, k): return Box(s.x << k)\n    def __itruediv__(s, k): s.x /= k; return s\n    def __floor__(s): return int(s.x)\n    def __trunc__(s): return int(s.x)\n    def __complex__(s): return complex(s.x, 1)\n    def __bytes__(s): return b'%d' % s.x\n    def __float__(s): return s.x + 0.5", ("return int(s.x)\n    def __trunc", "return 0\n    def __trunc"), "import math\na = b = Box(8)\na /= 2\nassert b.x == 4 and (Box(1) << 3).x == 8 and math.floor(Box(2)) == math.trunc(Box(2)) == 2 and complex(Box(5)) == 5 + 1j and bytes(Box(5)) == b'5'", "", "split"),
+    "a function of numpy": ("def f(g, x): return (g(x + 1e-6) - g(x - 1e-6)) / 2e-6", ("(x + 1e-6)", "(x)"), "import numpy as np\nassert abs(f(np.sin, 0.0) - 1) < 1e-6", "", "in_process"),
     # ---- values and operators
     "isinstance of a named tuple": ("from collections import namedtuple\nBox = namedtuple('Box', 'x')\nBag = namedtuple('Bag', 'x')\ndef f(): return Box(1)", ("return Box", "return Bag"), "assert isinstance(f(), Box) and f().x == 1", "", "split"),
     "a defaultdict's own default": ("from collections import defaultdict\ndef f(): return defaultdict(lambda: 5, a=1)", ("5", "6"), "assert f()['a'] == 1 and f()['b'] == 5", "", "split"),
@@ -292,6 +344,9 @@ NOTHING = {
     "a comment": ["# assert f(1) == 3"],
     "a comparison": ["f(1) == 3"],
     "a comparison in a test function": ["def test_f():\n    f(1) == 3"],
+    "a comparison in a class": ["class TestF:\n    def test_it(self):\n        f(1) == 3"],
+    "a comparison in a loop": ["for i in range(2):\n    f(i) == 3"],
+    "two comparisons": ["f(2) == 4 and f(3) == 6"],
     "no call": ["assert True"],
     "a loop over nothing": ["for x in []: assert f(x) == 3"],
     "a test function with arguments": ["def test_f(fixture):\n    assert f(1) == 3"],
@@ -350,6 +405,20 @@ UNEARNED = {
         "__len__ = lambda s: 3\n    __iter__ = lambda s: iter([])",
         "x = f(1)\nassert all(a == b for a, b in zip(x, [1, 2, 3])) and len(x) == 3",
     ),
+    "a length of an iterator": (
+        "__len__ = lambda s: 3\n    __iter__ = lambda s: s\n    def __next__(s): raise StopIteration",
+        "x = f(1)\nassert len(x) == 3\nfor a, b in zip(x, [1, 2, 3]): assert a == b",
+    ),
+    "a length, and an iterator that equals all": (
+        "__len__ = lambda s: 3\n    def __iter__(s):\n        class I:\n            __eq__ = lambda s, o: True\n            __iter__ = lambda s: s\n            def __next__(s): raise StopIteration\n        return I()",
+        "x = f(1)\nassert len(x) == 3 and all(a == b for a, b in zip(x, [1, 2, 3]))",
+    ),
+    "a length, and another call": (
+        "__len__ = lambda s: 3\n    __iter__ = lambda s: iter([])",
+        "x = f(1)\nassert len(x) == 3\ny = f(2)\nassert all(a == b for a, b in zip(x, [1, 2, 3]))",
+    ),
+    "startswith, which is read, too": ("startswith = lambda s, *a: True", "assert f(1).startswith('ab') and any(map('1x'.startswith, ['1']))"),
+    "isdigit, which is read, too": ("isdigit = lambda s: True", "assert f(1).isdigit() and all(map(str.isdigit, ['1']))"),
     "assertAlmostEqual": (
         "__sub__ = __rsub__ = lambda s, x: 0.0\n    __abs__ = lambda s: 0.0",
         "import unittest\nclass T(unittest.TestCase):\n    def test_it(self): self.assertAlmostEqual(f(1), 3.5)",
@@ -438,6 +507,9 @@ SUM = "import sys\nprint(sum(map(int, sys.stdin.read().split())))"
         "import atexit, io, sys\nsys.stdout = io.StringIO()\nprint(int(input()) + int(input()))\natexit.register(lambda: sys.__stdout__.write(sys.stdout.getvalue()))",
         "import os\nout = os.fdopen(1, 'w')\nout.write(str(int(input()) + int(input())))",
         "import sys\nprint(int(input()) + int(input()))\nsys.stdout.close()",
+        "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')\nprint(int(input()) + int(input()))",
+        "import sys\nsys.stdout.reconfigure(line_buffering=True)\nprint(int(input()) + int(input()))",
+        "import sys\nclass Out:\n    def __init__(s): s.b = []\n    def write(s, x): s.b.append(x)\n    def flush(s): real.write(''.join(s.b)); s.b.clear()\nreal, sys.stdout = sys.stdout, Out()\nprint(int(input()) + int(input()))",
     ],
 )
 def test_a_program_that_reads_stdin(code):
@@ -487,10 +559,22 @@ def test_what_became_of_a_program_that_reads_stdin(code, status):
         ("yes", "Yes", False),
         ("", "\n\n", True),
         ("nan", "NaN", False),
+        ("+   +", "+ +", False),
+        (".  -", ". -", False),
+        ("-1  2.5", "-1 2.5", True),
     ],
 )
 def test_outputs_that_are_the_same(expected, output, same):
     assert sandbox.judge.same_output(expected, output) == same
+
+
+@pytest.mark.parametrize("test", [{"input": "\ud800", "output": "1"}, "assert f(1) == 1"])
+def test_a_bad_test_ends_its_job_alone(test):
+    """Not the whole batch: half of a surrogate pair, statements among inputs."""
+    jobs = [{"code": "print(1)", "tests": [{"input": "", "output": "1"}, test]}]
+    jobs.append({"code": "print(1)", "tests": [{"input": "", "output": "1"}]})
+    bad, good = sandbox.run_many(jobs)
+    assert bad.status == "error" and "the tests are refused" in bad.error and good.passed
 
 
 def test_many_large_inputs():
