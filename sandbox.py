@@ -25,6 +25,7 @@ response to a program, records, settings, token ids. Libraries are imported wher
 
 import ast
 import atexit
+import builtins
 import contextlib
 import dataclasses
 import functools
@@ -466,6 +467,7 @@ FENCE = re.compile(
     r"^(?P<before>.*?)(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)[ \t]*$", re.M
 )
 PYTHON = ("", "python", "python3", "py", "py3")
+TAG = re.compile(r"^\[/?[A-Z]+\][ \t]*$", re.M)  # [PYTHON], [BEGIN] and [DONE] around code
 
 
 def program(problem, response):
@@ -476,16 +478,28 @@ def program(problem, response):
     """
     prefix, entry_point = problem.get("prefix") or "", problem.get("entry_point")
     name = judge.first_name(entry_point)
-    text = response.rpartition("</think>")[2].replace("\ufeff", "")
+    text = response.split("</think>", 1)[-1].replace("\ufeff", "")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = TAG.sub("", text)
+    is_body = text.lstrip("\n")[:1] in (" ", "\t")
+    if prefix and is_body and name:  # then perhaps comes the next problem's code
+        again = re.search(rf"^(?:async def|def|class) {re.escape(name)}\b", text, re.M)
+        text = text[: again.start()] if again else text
     if whole := assemble(prefix, text, name):  # code and nothing else
+        return whole
+    fence = FENCE.search(text)
+    head = text[: fence.start("mark")] if fence else ""  # code, a lone closing fence, and words
+    is_code = is_body or looks_defined(head, name) or re.search(r"^[ \t]*return\b", head, re.M)
+    if is_code and (whole := assemble(prefix, head, name)):
         return whole
     blocks = [code for language, code in code_blocks(text) if language.lower() in PYTHON]
     blocks = [code for code in blocks if code.strip()]
     right = [(whole, code) for code in blocks if (whole := assemble(prefix, code, name))]
     if right:
         # A block that defines the entry point itself comes before one that could be its body.
-        whole, code = next((pair for pair in reversed(right) if defines(pair[1], name)), right[0])
-        return with_helpers(whole, [block for block in blocks if block is not code])
+        last = right[0 if name else -1]
+        whole, code = next((pair for pair in reversed(right) if answers(pair[1], name)), last)
+        return with_helpers(whole, [block for block in blocks if block is not code], name)
     likely = [block for block in reversed(blocks) if looks_defined(block, name)] + blocks[:1]
     likely = [*likely[:1], FENCE.sub(r"\g<before>\n", text)]  # a fence may only end the code
     found = [whole for code in likely if (whole := longest_program(prefix, code, name))]
@@ -498,9 +512,9 @@ def code_blocks(text):
     A block ends at the first closing fence up to which it is Python, since a docstring may hold
     fences, or else at the first.
     """
-    lines, blocks, at = text.splitlines(), [], 0
+    lines, blocks, at = text.split("\n"), [], 0
     fences = [number for number, line in enumerate(lines) if FENCE.match(line)]
-    while at < len(lines):
+    while at < len(lines) and len(blocks) < 50:
         opening = FENCE.match(lines[at])
         at += 1
         if not opening:
@@ -545,6 +559,9 @@ def parse(code):
             return None
 
 
+IMPORT = (ast.Import, ast.ImportFrom)
+
+
 def names_of(node):
     """The names that a statement at the top of a module binds."""
     match node:
@@ -558,21 +575,49 @@ def names_of(node):
     return set()
 
 
+def is_stub(node):
+    """A function that does nothing: a docstring, `...`, imports; a class with such functions only.
+
+    The prefix of many problems is one, and parses before anything has been answered.
+    """
+    if isinstance(node, ast.ClassDef):
+        methods = [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        return bool(methods) and all(map(is_stub, methods))
+    does = (ast.Call, ast.Yield, ast.YieldFrom, ast.Await)
+    body = [n for n in getattr(node, "body", [node]) if not isinstance(n, (ast.Pass, *IMPORT))]
+    return all(isinstance(n, ast.Expr) and not isinstance(n.value, does) for n in body)
+
+
 def defines(code, name):
     """Whether code parses and binds this name at its top; without a name, does anything."""
     tree = parse(code)
     if tree is None:
         return False
     if name:
-        return any(name in names_of(node) for node in tree.body)
+        found = [node for node in tree.body if name in names_of(node)]
+        return bool(found) and not is_stub(found[-1])
     return any(
         names_of(node) or not isinstance(node, ast.Expr) or isinstance(node.value, ast.Call)
         for node in tree.body
     )
 
 
+def answers(code, name):
+    """Whether a block is an answer of its own, not an example of its use or a part of it."""
+    if not defines(code, name):
+        return False
+    read = judge.loaded(parse(code).body)
+    if not name:
+        acts = any(not names_of(node) for node in parse(code).body)
+        return bool(
+            acts and read & {"print", "sys", "os"} and read & {"input", "open", "sys", "os"}
+        )
+    last = [node for node in parse(code).body if name in names_of(node)][-1]
+    return not isinstance(last, IMPORT) and name not in judge.loaded([getattr(last, "value", last)])
+
+
 def looks_defined(code, name):
-    """The same for code that may not parse."""
+    """The same as `defines`, for code that may not parse."""
     name = re.escape(name) if name else r"\w+"
     start = rf"(?:async[ \t]+def|def|class)[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]+)?=(?!=)"
     return re.search(rf"^(?:{start})", code, re.M) is not None
@@ -590,16 +635,24 @@ def complete_part(prefix):
 
 def forms(prefix, code, name):
     """The ways in which code can go on from the prefix, the likely ones first."""
+    if code[:1] in " \t":  # it brings the indent in which the prefix ends
+        prefix = prefix.rstrip(" \t")
     start = complete_part(prefix)
     rest = prefix[len(start) :]
     body = textwrap.dedent(code)
     header = re.search(r"^class\b.*:[ \t]*\n", rest, re.M)
     method = re.findall(r"^[ \t]+(?:async )?def (\w+)", rest, re.M)[-1:]
     if header and method and looks_defined(body, method[0]):
-        yield start + rest[: header.end()] + textwrap.indent(body, "    ")
+        yield start + in_class(rest[: header.end()], body, name)
+    elif re.search(r"^def \w+\(self\b", body, re.M) and not looks_defined(body, name) and name:
+        yield start + in_class(f"class {name}:\n", body, name)
     if looks_defined(body, name) or not prefix:
         yield start + (code if looks_defined(code, name) else body)
     yield prefix + code  # its body
+    first, *others = code.split("\n")
+    if first[:1].isspace():  # some tokenizers drop a blank at the start
+        width = min((len(x) - len(x.lstrip()) for x in others if x.strip()), default=0)
+        yield "\n".join([prefix + " " * width + first.lstrip(), *others])
     yield start + code
     indents = {len(line) - len(line.lstrip(" ")) for line in rest.splitlines() if line.strip()}
     for indent in {max(indents, default=0) + 4: 0, 4: 0}:
@@ -607,48 +660,94 @@ def forms(prefix, code, name):
         yield prefix.rstrip() + "\n" + " " * indent + code  # the answer has been stripped
 
 
+def in_class(header, code, name):
+    """Methods below the header of their class; what has no `self` before it or behind it."""
+    parts = {"before": "", "methods": "", "behind": ""}
+    for node in parse(code).body if parse(code) else ():
+        arguments = getattr(node, "args", None)
+        kind = "before" if names_of(node) and name not in judge.loaded([node]) else "behind"
+        kind = "methods" if arguments and "self" in [a.arg for a in arguments.args] else kind
+        parts[kind] += ast.unparse(node) + "\n"
+    methods = textwrap.indent(parts["methods"] or code, "    ")
+    return parts["before"] + header + methods + parts["behind"]
+
+
 def assemble(prefix, code, name):
     """The first form of prefix and code that defines the entry point, or None."""
-    found = map(hoist, forms(prefix, code, name))
-    return next((form for form in found if defines(form, name)), None)
+    found = map(hoist, forms(prefix, code, name)) if code.strip() else ()
+    whole = next((form for form in found if defines(form, name)), None)
+    return whole and without_words(whole)
+
+
+def without_words(code):
+    """Code without lines of one word, such as `Explanation`, that would only be a NameError."""
+    known = {name for node in parse(code).body for name in names_of(node)}
+    lines = code.split("\n")
+    for node in parse(code).body:
+        word = getattr(getattr(node, "value", None), "id", None)
+        if (
+            isinstance(node, ast.Expr)
+            and word
+            and word not in known
+            and not hasattr(builtins, word)
+        ):
+            lines[node.lineno - 1] = lines[node.lineno - 1].replace(word, "", 1)
+    return "\n".join(lines)
+
+
+FUTURE = re.compile(r"^from __future__ import (?:\([^)]*\)|.*)$", re.M)
 
 
 def hoist(code):
     """`from __future__` has to stand first."""
-    futures = re.findall(r"^from __future__ import .*$", code, re.M)
-    if not futures:
-        return code
-    return "\n".join(futures) + "\n" + re.sub(r"^from __future__ import .*$", "", code, flags=re.M)
+    futures = FUTURE.findall(code)
+    return "\n".join([*futures, FUTURE.sub("", code)]) if futures else code
 
 
-def with_helpers(code, blocks):
-    """Code with the imports, functions and classes that it uses and only the other blocks have."""
-    have = {name for node in parse(code).body for name in names_of(node)}
-    wanted = {node.id for node in ast.walk(parse(code)) if isinstance(node, ast.Name)}
+def with_helpers(code, blocks, name):
+    """Code with the imports, functions, classes and constants that only the other blocks have."""
+    with PARSING:
+        wanted, have = judge.global_names([code])
     helpers = []
     for block in reversed([block for block in blocks if parse(block)]):
         for node in reversed(parse(block).body):
-            names = names_of(node)
-            if names & wanted and not names & have:
-                helpers.insert(0, ast.unparse(node))
+            names, helper = names_of(node), ast.unparse(node)
+            constant = isinstance(node, (ast.Assign, ast.AnnAssign))
+            use = not name or judge.loaded([node]) & {name, "input", "open"}
+            if names & wanted - have and not (constant and use):
+                helpers.insert(0, helper)
                 have |= names
-                wanted |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                with PARSING:
+                    wanted |= judge.global_names([helper])[0]
     return hoist("".join(helper + "\n" for helper in helpers) + code) if helpers else code
 
 
 def longest_program(prefix, code, name):
-    """The longest run of lines that defines the entry point: words around the code go."""
-    lines = code.splitlines() if code.strip() and len(code) < 50_000 else []
-    first = re.compile(r"(def|class|import|from|async def)\b|@|[ \t]+\S")
-    starts = [number for number, line in enumerate(lines) if first.match(line)]
-    for start in [0, *starts][:3]:
+    """The longest run of whole statements that defines the entry point: words around it go.
+
+    Nothing goes out of the middle of a function: what does not compile there is not right.
+    """
+    if not code.strip() or len(code) > 20_000:
+        return None
+    lines = code.split("\n")
+    first, starts, before = re.compile(r"(def|class|import|from|async def)\b|@|\w+ *="), [], ""
+    for number, line in enumerate(lines):
+        body = name and line.strip() and line[:1].isspace() > before[:1].isspace()
+        if first.match(line) or body:  # the first indented line, not those behind it
+            starts.append(number)
+        before = line if line.strip() else before
+    named = [number for number, line in enumerate(lines) if looks_defined(line, name)]
+    for start in dict.fromkeys([0, *starts[:2], *named[:1]]):
+        indent = len(lines[start]) - len(lines[start].lstrip(" \t")) or 1  # of a body
+        tops = [n for n in range(start + 1, len(lines)) if lines[n][:indent].strip()]
         end = len(lines)
-        for _ in range(20):  # up to the first line that is no Python, as the parser sees it
+        for _ in range(20):  # up to the first statement that is no Python, as the parser sees it
             part = "\n".join(lines[start:end]) + "\n"
             if part.strip() and (whole := assemble(prefix, part, name)):
                 return whole
-            before = complete_part(prefix) if looks_defined(part, name) else prefix
-            end = min(end - 1, start + error_line(before + part) - 1 - before.count("\n"))
+            size = part.count("\n")
+            reach = max(error_line(f) - f.count("\n") + size for f in forms(prefix, part, name))
+            end = max((n for n in tops if n < end and n <= start + reach - 1), default=0)
             if end <= start:
                 break
 

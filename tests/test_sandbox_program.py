@@ -14,6 +14,8 @@ FULL = dict(
 )
 BARE = dict(prefix="", entry_point="solve")
 CLASS = dict(prefix="class Solution:\n    def solve(self, xs):\n", entry_point="Solution")
+OPEN = CLASS | dict(prefix=CLASS["prefix"] + "        ")
+METHOD = dict(prefix="import math\n", entry_point="Solution")
 FIB = dict(prefix='def solve(xs):\n    """Doc."""\n', entry_point="solve")
 CODE = "def solve(xs):\n    return sorted(xs)\n"
 BODY = "    return sorted(xs)\n"
@@ -68,6 +70,36 @@ ANSWERS = {
     "an indented function": (f"{F}python\n    def solve(xs):\n        return sorted(xs)\n{F}", FIB),
     "an indented function, no prefix": ("    def solve(xs):\n        return sorted(xs)\n", BARE),
     "an answer cut off behind the function": (f"{F}python\n{CODE}\ndef test():\n    assert solve([", FULL),
+    "an example with the names of the answer": (f"{F}python\ndef solve(xs):\n    result = sorted(xs)\n    return result\n{F}\nExample:\n{F}python\nxs = input()\nresult = solve(xs)\n{F}", FULL),
+    "a test that imports the answer": (f"{F}python\n{CODE}{F}\nTest:\n{F}python\nfrom solution import solve\nassert solve([]) == []\n{F}", FULL),
+    "the answer wrapped later": (f"{F}python\n{CODE}{F}\nor faster:\n{F}python\nfrom functools import cache\nsolve = cache(solve)\n{F}", FULL),
+    "a stub after": (f"{F}python\n{CODE}{F}\nThe signature:\n{F}python\ndef solve(xs):\n    ...\n{F}", FULL),
+    "an output before a body": (f"It gives\n{F}\n[1, 2]\n{F}\nand the body is\n{F}python\n{BODY}{F}", FIB),
+    "an import before a body": (f"{F}python\nfrom heapq import nsmallest\n{F}\nThen:\n{F}python\n    return nsmallest(len(xs), xs)\n{F}", FIB),
+    "a body, a lone closing fence and examples": (f"{BODY}{F}\nUse:\n{F}python\nprint(solve([2, 1]))\n{F}\nOutput:\n{F}\n[1, 2]\n{F}", FIB),
+    "a body without its first indent, and words": (f"ys = list(xs)\n    return sorted(ys)\n{F}\nIt sorts.", FIB),
+    "a body whose first line lacks a blank": ("   ys = list(xs)\n    return sorted(ys)\n", FIB),
+    "a body and the next problem": (f"{BODY}\n\ndef solve(xs):\n    return xs[", FIB),
+    "words before a body": (f"Here is the body:\n\n{BODY}\nHope it helps.", FIB),
+    "the function again, cut off": (f"{CODE}\n{CODE[:-4]}", BARE),
+    "a heading and words": (f"# Solution\nHere it is:\n\n{CODE}", FIB),
+    "a word before and after": (f"python\n{CODE}\nExplanation\n", BARE),
+    "tags": (f"[PYTHON]\n{CODE}[/PYTHON]", BARE),
+    "BEGIN and DONE": (f"[BEGIN]\n{CODE}[DONE]\n", BARE),
+    "a list of words before": (f"Steps:\n   1. sort\n   2. return\n   3. done\n\n{CODE}", BARE),
+    "a constant before": ("Here:\n\nLIMIT = 10 ** 9\n\ndef solve(xs):\n    return sorted(xs)[:LIMIT]\n", BARE),
+    "a future import in parentheses": (f"{F}python\nfrom __future__ import (\n    annotations,\n)\n{CODE}{F}", FULL),
+    "thoughts named later": (f"<think>\nhm\n</think>\n{F}python\n{CODE}{F}\nI closed </think> above.", FULL),
+    "a markdown fence around": (f"{F}markdown\nThe code:\n{F}python\n{CODE}{F}\nDone\n{F}", FIB),
+    "a line separator in a text": (f"{F}python\ndef solve(xs):\n    mark = '\u2028'\n    return sorted(xs)\n{F}", FULL),
+    "a body of a method behind its blanks": ("        ys = list(xs)\n        return sorted(ys)\n", OPEN),
+    "a body of a method, a fence and words": (f"        return sorted(xs)\n{F}\nIt's sorted.", OPEN),
+    "a body of a method, and the next one cut off": ("        return sorted(xs)\n\n    def other(self, x", OPEN),
+    "a body of a method, and its use": ("        return sorted(xs)\n\ns = Solution()\nprint(s.solve([2, 1]))\n", OPEN),
+    "a body of a method, and another class": ("        return sorted(xs)\n\n\nclass Solution:\n    def other(self, x):\n        return x\n", OPEN),
+    "a method and its use": (f"{F}python\ndef solve(self, xs):\n    return sorted(xs)\n\ns = Solution()\nprint(s.solve([2, 1]))\n{F}", CLASS),
+    "a method and a helper beside its class": (f"{F}python\ndef mine(xs):\n    return sorted(xs)\n\ndef solve(self, xs):\n    return mine(xs)\n{F}", CLASS),
+    "a method without a class": (f"{F}python\ndef solve(self, xs):\n    return sorted(xs)\n{F}", METHOD),
 }  # fmt: skip
 
 
@@ -76,7 +108,7 @@ def test_a_right_answer_is_right(name):
     response, problem = ANSWERS[name]
     names = {}
     exec(program(problem, response), names)
-    solve = names["Solution"]().solve if problem is CLASS else names["solve"]
+    solve = names["Solution"]().solve if "Solution" in names else names["solve"]
     assert solve([2, 1]) == [1, 2], program(problem, response)
     assert problem is not FULL or "math" in names and "helper" in names
 
@@ -88,6 +120,8 @@ def test_a_right_answer_is_right(name):
         f"{F}cpp\nint solve() {{ return 0; }}\n{F}",
         f"{F}python\ndef other(xs):\n    return xs\n{F}",
         "def solve(xs): return (",
+        "def solve(xs):\n    print 'hm'\n    return sorted(xs)\n",
+        f"{F}python\ndef solve(xs):\n    if xs:\n        return sorted(xs)\n    els:\n        return 0\n{F}",
         "",
     ],
 )
@@ -104,6 +138,22 @@ def test_a_program_without_an_entry_point():
     script = "n = int(input())\nprint(n * 2)\n"
     answer = f"Input:\n{F}\n5\n{F}\nProgram:\n{F}python\n{script}{F}\nOutput:\n{F}\n10\n{F}"
     assert program(dict(prefix="", entry_point=None), answer).strip() == script.strip()
+
+
+def test_a_part_of_a_program_is_not_the_program():
+    """Explanations repeat lines, and a wrong version before must not leave its input() behind."""
+    script = "def main():\n    n = int(input())\n    print(n * 2)\n\nmain()\n"
+    wrong = "n = int(input())\nprint(n)\n"
+    problem = dict(prefix="", entry_point=None)
+    for part in ("n = int(input())\n", "assert 2 * 2 == 4\n", "ans = n * 2\n"):
+        answer = f"First:\n{F}python\n{wrong}{F}\nNo:\n{F}python\n{script}{F}\nHere\n{F}python\n{part}{F}"
+        assert program(problem, answer).strip() == script.strip()
+    halves = script.split("\n\n")
+    answer = f"{F}python\n{halves[0]}\n{F}\nThen call it:\n{F}python\n{halves[1]}{F}"
+    assert (
+        program(problem, answer).replace("\n\n", "\n").strip()
+        == script.replace("\n\n", "\n").strip()
+    )
 
 
 def test_an_entry_point_that_is_an_expression():
@@ -130,6 +180,9 @@ def test_many_fences_take_no_time():
         f"{F}\n" * 800,
         f"{F}python\nx = (\n{F}\n" * 300,
         "x = (\n" * 5000,
+        "@a\n" * 16000,
+        f"{F}python\ndef solve(:\n{F}\n" * 2500,
+        f"{F}\n" * 5000,
     ):
         assert isinstance(program(FULL, response), str)
     assert time.process_time() - began < 20
