@@ -650,9 +650,9 @@ def forms(prefix, code, name):
         yield start + (code if looks_defined(code, name) else body)
     yield prefix + code  # its body
     first, *others = code.split("\n")
-    if first[:1].isspace():  # some tokenizers drop a blank at the start
-        width = min((len(x) - len(x.lstrip()) for x in others if x.strip()), default=0)
-        yield "\n".join([prefix + " " * width + first.lstrip(), *others])
+    width = min((len(x) - len(x.lstrip()) for x in others if x.strip()), default=0)
+    if width > 1 and len(first) - len(first.lstrip()) == width - 1:
+        yield f"{prefix} {code}"  # some tokenizers drop a blank at the start
     yield start + code
     indents = {len(line) - len(line.lstrip(" ")) for line in rest.splitlines() if line.strip()}
     for indent in {max(indents, default=0) + 4: 0, 4: 0}:
