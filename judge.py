@@ -794,8 +794,6 @@ def first_name(entry_point):
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 EARLY = (ast.Import, ast.ImportFrom, ast.ClassDef)  # a candidate's annotations may name them
-
-
 BLOCKS = (*FUNCTION, ast.ClassDef, ast.If, ast.For, ast.While)
 
 
@@ -849,9 +847,11 @@ def call_what_nobody_calls(trees, entry_point):
     body = [node for tree in trees for node in tree.body]
     cases = cases_in(body)
     runs = [node for node in body if is_root(node, cases)]
+    others = [node for node in body if not is_root(node, cases)]
     for node in runs:  # grows by the definitions that these use
-        names = loaded([node])
-        runs += [n for n in body if getattr(n, "name", "") in names and n not in runs]
+        found = [n for n in others if n.name in loaded([node])] if others else []
+        runs += found
+        others = [n for n in others if n not in found]
     used = loaded(runs)
     for tree in trees:
         calls, never = [], []
@@ -886,7 +886,7 @@ def below_guard(node):
 
     That would look for tests in another module, and end the process.
     """
-    if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
         return [n for inner in node.body for n in below_guard(inner)]
     is_main = isinstance(node, ast.Expr) and ast.unparse(node.value).startswith("unittest.main(")
     return [] if is_main else [node]
