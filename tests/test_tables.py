@@ -99,6 +99,7 @@ def test_show_writes_tables_and_figures_of_whole_pipelines_and_of_pipeline_0(tmp
     text = (tmp_path / "results/tables.md").read_text()
     assert cells(text, "`none`")[0][:2] == ["2", "65.0 ± 190.6"]  # whole pipelines: 50 and 80
     assert cells(text, "`sft`")[0][:2] == ["2", "50.0 ± 127.1"]
+    assert len(cells(text, "`top`")) == 2  # Tables 2 and 3: it has run on pipeline 0 alone
     assert cells(text, "pipeline 1")[0][-4:] == ["+1.00", "+1.00", "-1.00", "-1.00"]
     assert cells(text, "mean")[0][2] == "0.05 ± 0.00 / -0.95 ± 0.00"  # R2 of random2
     assert cells(text, "KL 0.3")[0][2] == "55.0 ± 63.5"  # pipeline 0: 50 and 60

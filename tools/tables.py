@@ -583,7 +583,8 @@ def plot_filters(settings, path):
 
 def show(records):
     """Write tables.md and the two figures beside results.jsonl."""
-    whole = [r for r in records if r["pipeline"] == r["seed"]]
+    everywhere = ("sft", "rm", *FILTERS)  # the others have run on pipeline 0 alone
+    whole = [r for r in records if r["pipeline"] == r["seed"] and r["method"] in everywhere]
     first = [r for r in records if r["pipeline"] == 0]
     pipelines = [(f"pipeline {s}", [r for r in whole if r["seed"] == s], "main", "") for s in SEEDS]
     settings = {}
