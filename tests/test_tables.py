@@ -94,7 +94,9 @@ def test_show_writes_tables_and_figures_of_whole_pipelines_and_of_pipeline_0(tmp
         records.append(record(method, 1, 0.6 + 0.01 * k) | along)  # seed 1 of pipeline 0
         records.append(record(method, 1, 0.8 + 0.01 * k, pipeline=1) | along)
     records += [record("sft", s, 0.4 + 0.2 * s, pipeline=s) for s in range(2)]
-    records.append(record("none", 0, 0.7, "kl_0.1"))
+    records += [record("none", s, 0.5 + 0.1 * s, pipeline=tables.SWEEPS) for s in range(2)]
+    records.append(record("none", 0, 0.7, "kl_0.1", pipeline=tables.SWEEPS))
+    records += [record(m, 5, 0.1, pipeline=tables.SWEEPS) for m in ("sft", "rm")]
     tables.show(records)
     text = (tmp_path / "results/tables.md").read_text()
     assert cells(text, "`none`")[0][:2] == ["2", "65.0 ± 190.6"]  # whole pipelines: 50 and 80
@@ -102,7 +104,7 @@ def test_show_writes_tables_and_figures_of_whole_pipelines_and_of_pipeline_0(tmp
     assert len(cells(text, "`top`")) == 2  # Tables 2 and 3: it has run on pipeline 0 alone
     assert cells(text, "pipeline 1")[0][-4:] == ["+1.00", "+1.00", "-1.00", "-1.00"]
     assert cells(text, "mean")[0][2] == "0.05 ± 0.00 / -0.95 ± 0.00"  # R2 of random2
-    assert cells(text, "KL 0.3")[0][2] == "55.0 ± 63.5"  # pipeline 0: 50 and 60
+    assert cells(text, "KL 0.3")[0][2] == "55.0 ± 63.5"  # 50 and 60
     assert cells(text, "KL 0.1")[0][:3] == ["greedy", "1", "70.0"]
     assert "By reward and advantage" not in text  # nothing but the default has run
     # Table 1: R2 of none, bon, br, bw is 0, 0.2, 0.1 and 0.15 in both pipelines

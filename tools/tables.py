@@ -35,6 +35,7 @@ import sandbox  # noqa: E402
 
 RESULTS = Path("results/results.jsonl")  # all paths start in the working folder
 SEEDS = range(5)
+SWEEPS = 5  # the pipeline of the controlled experiment and of the sweeps
 FILTERS = ["none", "random2", "br", "bw", "bon"]
 OTHER_FILTERS = ["single", "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3"]
 BASELINES = ["raft", "bond", "dpo", "ipo", "kto", "iterative_dpo"]
@@ -106,8 +107,7 @@ def plan():
     """All runs in order of worth, each as `make_run` describes it."""
     runs = []
     for s in SEEDS:  # whole pipelines
-        runs.append(make_run("main", "data", s, s, None, ["00_data.py", "--out", "{data}"]))
-        runs += [sft_run(s), rm_run("main", s)]
+        runs += [data_run(s), sft_run(s), rm_run("main", s)]
         runs += [training("main", method, s, pipeline=s) for method in FILTERS]
     runs += [training("main", method, seed) for seed in SEEDS[1:] for method in FILTERS]
     tested = ["none", "random2", "bw", *CRITIC_FREE]
@@ -121,13 +121,17 @@ def plan():
     others = [*OTHER_FILTERS, *BASELINES, *CRITIC_FREE, *PLUM]
     runs += [training("main", method, seed) for seed in SEEDS for method in others]
 
+    # What the reward and its errors do: on a pipeline of its own, for which no other is needed.
+    runs += [data_run(SWEEPS), sft_run(SWEEPS), rm_run("main", SWEEPS)]
     runs += [profile_run(profile) for profile in PROFILES]
-    runs += [rm_run(f"rm_{rm}", 0, *flags) for rm, flags in RMS.items()]
-    for seed in SEEDS[:3]:  # what the reward and its errors do
+    runs += [rm_run(f"rm_{rm}", SWEEPS, *flags) for rm, flags in RMS.items()]
+    groups = {f"profile_{p}": ["--profile", p] for p in PROFILES} | {"main": []}
+    groups |= {f"kl_{c}": ["--kl_coef", c] for c in KL_COEFS} | {f"rm_{r}": [] for r in RMS}
+    for seed in SEEDS[:3]:
         for m in FILTERS[1:4]:
-            runs += [training(f"profile_{p}", m, seed, "--profile", p) for p in PROFILES]
-            runs += [training(f"rm_{r}", m, seed, rm=f"rm_{r}/0/rm/0") for r in RMS]
-            runs += [training(f"kl_{c}", m, seed, "--kl_coef", c) for c in KL_COEFS]
+            for group, flags in groups.items():
+                rm = f"{group if group[:3] == 'rm_' else 'main'}/{SWEEPS}/rm/{SWEEPS}"
+                runs.append(training(group, m, seed, *flags, pipeline=SWEEPS, rm=rm))
     return runs
 
 
@@ -149,6 +153,10 @@ EVALUATION += ("--out", "{out}/eval", *ONE_CORE)
 R2 = ("03_r2_analysis.py", "--out", "{out}/r2")
 
 
+def data_run(s):
+    return make_run("main", "data", s, s, None, ["00_data.py", "--out", "{data}"])
+
+
 def sft_run(s):
     command = ["01_sft.py", "--data", "{data}/sft.jsonl", "--out", "{out}", "--threads", "1"]
     evaluation = [*EVALUATION, "--policies", "{out}"]
@@ -167,11 +175,12 @@ def rm_run(group, pipeline, *flags):
 
 def profile_run(profile):
     """R2 of the SFT policy with a reward of known reliability."""
-    rm = "out/tables/main/0/rm/0"
+    needs = f"main/{SWEEPS}/rm/{SWEEPS}"
+    rm = f"out/tables/{needs}"
     command = ["tools/controlled.py", "--profile", profile, "--samples", f"{rm}/samples.jsonl"]
     command += ["--rescore", f"{rm}/validation_samples.jsonl", "--out", "{out}/samples.jsonl"]
     r2 = [*R2, "--samples", "{out}/samples.jsonl"]
-    return make_run(f"profile_{profile}", "r2", 0, 0, "main/0/rm/0", command, r2)
+    return make_run(f"profile_{profile}", "r2", SWEEPS, SWEEPS, needs, command, r2)
 
 
 def training(group, method, seed, *flags, pipeline=0, rm=None):
@@ -585,11 +594,14 @@ def show(records):
     """Write tables.md and the two figures beside results.jsonl."""
     everywhere = ("sft", "rm", *FILTERS)  # the others have run on pipeline 0 alone
     whole = [r for r in records if r["pipeline"] == r["seed"] and r["method"] in everywhere]
+    whole = [r for r in whole if r["pipeline"] != SWEEPS]
     first = [r for r in records if r["pipeline"] == 0]
+    sweeps = [r for r in records if r["pipeline"] == SWEEPS]
     pipelines = [(f"pipeline {s}", [r for r in whole if r["seed"] == s], "main", "") for s in SEEDS]
     settings = {}
     for table, rows in SETTINGS.items():
-        rows = [(label, first, group, prefix) for label, group, prefix in rows]
+        of_table = first if table == "reward and advantage" else sweeps
+        rows = [(label, of_table, group, prefix) for label, group, prefix in rows]
         rows = [row for row in rows if shared(*row[1:], "greedy")]
         if len(rows) > 1:  # something has run beside the default
             settings[table] = rows
