@@ -315,12 +315,7 @@ def answer(size, line):
 
 
 CHANGEABLE = (list, dict, set, bytearray, collections.deque)  # that can change
-MOST_KEPT = 64
-
-
-def copied(packed, value):
-    """`pack` gives a list of atoms as it is."""
-    return list(packed) if packed is value else packed
+MOST_KEPT, MOST_BYTES = 16, 1 << 14  # what each reply looks at again
 
 
 class Answers:
@@ -328,7 +323,8 @@ class Answers:
 
     def __init__(self, module):
         self.names, self.objects, self.keys = module.__dict__, {}, {}
-        self.kept = {}  # containers that J has copies of: [the container, how J knows it]
+        self.kept = {}  # by number: a container that J has a copy of, and the text that J knows
+        self.last = 0  # number
 
     def find(self, key):
         """The object behind a handle: a global name as it is now, or an object answered before."""
@@ -367,9 +363,10 @@ class Answers:
         real = unpack(args, self.find)
         named = {k: unpack(v, self.find) for k, v in kwargs.items()}
         value = ACTIONS[action](*real, **named)
+        shared = isinstance(value, CHANGEABLE) and sys.getrefcount(value) > 2  # our name, its own
         packed = pack(value, self.keep)
-        changes = self.changes() if self.kept else []
-        number = self.number_of(value, packed) if isinstance(value, CHANGEABLE) else None
+        changes = self.changes() if self.kept else {}
+        number = self.number_of(value, packed) if shared else None
         now = [args, kwargs]
         if named or not ATOMS.issuperset(map(type, real)):
             now = [pack(real, self.keep), {k: pack(v, self.keep) for k, v in named.items()}]
@@ -378,30 +375,42 @@ class Answers:
         return [packed, *now, number, changes]
 
     def number_of(self, value, packed):
-        """A number for a container that somebody beside this request refers to, else None."""
+        """A number for a container that somebody beside this request refers to, None if large."""
         key = next((key for key, (x, _) in self.kept.items() if x is value), None)
-        if key is None and sys.getrefcount(value) > 3:  # our caller's name, ours, the argument
-            key = str(len(self.kept)) if len(self.kept) < MOST_KEPT else None
+        text = encoded(packed)
+        if key is None and len(text) < MOST_BYTES:
+            self.last += 1
+            key = str(self.last)
+            if len(self.kept) == MOST_KEPT:
+                del self.kept[next(iter(self.kept))]
         if key is not None:
-            self.kept[key] = value, copied(packed, value)
+            self.kept[key] = value, text
         return key
 
     def changes(self):
         """{number: new value} of the kept containers that have changed since J last heard."""
         found = {}
-        for key, (value, packed) in self.kept.items():
-            now = pack(value, self.keep)
-            if now != packed:
-                found[key], self.kept[key] = now, (value, copied(now, value))
+        for key in list(self.kept):
+            value, known = self.kept.pop(key)
+            with contextlib.suppress(Exception):  # it has become nested too deep, or a circle
+                packed = pack(value, self.keep)
+                text = encoded(packed)
+                if text != known:
+                    found[key] = packed
+                if len(text) < MOST_BYTES and sys.getrefcount(value) > 2:
+                    self.kept[key] = value, text
         return found
 
     def error(self, number, error):
         known = [c.__name__ for c in type(error).__mro__ if vars(builtins).get(c.__name__) is c]
         reply = [number, "error", type(error).__name__, known, describe(error)]
-        try:  # tests may look at these
-            return message([*reply, pack([error.args, str(error), vars(error)], self.keep)])
-        except BaseException:
-            return message(reply)
+        for details in (  # tests may look at these, and not all of them may work
+            lambda: [error.args, str(error), vars(error)],
+            lambda: [error.args, None, {}],
+        ):
+            with contextlib.suppress(BaseException):
+                return message([*reply, pack(details(), self.keep)])
+        return message(reply)
 
 
 # ---------------------------------------- J: asks U, and compares
@@ -428,6 +437,7 @@ class Remote:
         self.over = None  # Gone or CannotSend: kept, since an `except:` of the tests may hide it
         self.kept = {}  # our copies of containers that U keeps, by U's numbers
         self.lengths = {}  # of objects, since they were last asked to do something
+        self.yielded = set()  # the keys of those that were iterated over since
 
     def stop(self, error):
         self.over = error
@@ -469,6 +479,7 @@ class Remote:
             for key, (_, kind) in list(self.lengths.items()):
                 if kind is UnderTest or key in asked:
                     del self.lengths[key]
+                    self.yielded.discard(key)
         sent = [pack(list(args), self.refuse), {k: pack(v, self.refuse) for k, v in kwargs.items()}]
         self.number += 1
         request = message([self.number, action, *sent])
@@ -610,6 +621,7 @@ class Proxy:
             yield value
         if again or type(self) is Proxy and self._key in lengths:
             self._count(count)
+            self._remote.yielded.add(self._key)
 
     def __len__(self):
         return self._count(self._remote.ask("len", self))
@@ -646,6 +658,8 @@ class UnderTest(Proxy):
 
     def __len__(self):  # it may have changed; what it yields next is compared with this
         length = self._remote.ask("len", self)
+        if length and self._key in self._remote.yielded:  # an iteration may empty it
+            self._count(length)
         self._remote.lengths[self._key] = length, UnderTest
         return length
 
@@ -793,8 +807,9 @@ def first_name(entry_point):
 
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITIONS = (*FUNCTION, ast.ClassDef)
 EARLY = (ast.Import, ast.ImportFrom, ast.ClassDef)  # a candidate's annotations may name them
-BLOCKS = (*FUNCTION, ast.ClassDef, ast.If, ast.For, ast.While)
+BLOCKS = (*DEFINITIONS, ast.If, ast.For, ast.While)
 
 
 def global_names(sources):
@@ -837,15 +852,20 @@ def loaded(nodes):
     return {name.id for name in names if isinstance(name.ctx, ast.Load)}
 
 
-SETUPS = ("setUpModule", "setup_module", "setup_function")
+SETUPS = ("setUpModule", "setup_module")
 
 
 def call_what_nobody_calls(trees, entry_point):
     """Add a test runner's calls: check(entry_point), test functions, classes of tests."""
-    for tree in trees:
-        tree.body = [node for outer in tree.body for node in below_guard(outer)]
     body = [node for tree in trees for node in tree.body]
     cases = cases_in(body)
+    definitions = [node for node in body if isinstance(node, DEFINITIONS)]
+    runner = any(is_root(node, cases) for node in definitions)
+    asserting = {node.name for node in definitions if asserts(node)}
+    for tree in trees:
+        inner = not runner and tree is not trees[0]
+        tree.body = [n for node in tree.body for n in below_guard(node, inner, asserting)]
+    body = [node for tree in trees for node in tree.body]
     runs = [node for node in body if is_root(node, cases)]
     others = [node for node in body if not is_root(node, cases)]
     for node in runs:  # grows by the definitions that these use
@@ -853,22 +873,23 @@ def call_what_nobody_calls(trees, entry_point):
         runs += found
         others = [n for n in others if n not in found]
     used = loaded(runs)
+    bases = loaded([base for n in body if isinstance(n, ast.ClassDef) for base in n.bases])
     for tree in trees:
         calls, never = [], []
         for node in tree.body:
             name = getattr(node, "name", "")
             run = "__import__('asyncio').run" * isinstance(node, ast.AsyncFunctionDef)
             if name in cases:
-                if name not in used or has_tests(node):
+                if name not in bases or has_tests(node):
                     calls.append(f"run_case({name})")
-            elif not isinstance(node, (*FUNCTION, ast.ClassDef)) or name in used:
+            elif not isinstance(node, DEFINITIONS) or name in used:
                 continue
             elif name == "check":
                 if not entry_point:
                     raise ValueError("check(candidate) needs an entry_point")
                 calls.append(f"{run}(check({entry_point}))")
             elif name in SETUPS:
-                calls.insert(0, f"{name}()")
+                calls.insert(0, f"{name}({'None' * len(node.args.args)})")
             elif name.startswith("test"):
                 if len(node.args.args) > len(node.args.defaults) or node.args.kwonlyargs:
                     raise ValueError(f"{name} takes arguments, which only a test runner has")
@@ -881,22 +902,27 @@ def call_what_nobody_calls(trees, entry_point):
         place.body += ast.parse("\n".join(calls)).body
 
 
-def below_guard(node):
-    """What `if __name__ == "__main__":` holds; nothing of `unittest.main()`.
+def below_guard(node, inner, asserting):
+    """A statement as it is, without a main guard, which is no test runner's business.
 
-    That would look for tests in another module, and end the process.
+    With `inner` what the guard holds, if it asserts: nobody else would. Never `unittest.main()`,
+    which would look for tests in another module and end the process.
     """
     if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
-        return [n for inner in node.body for n in below_guard(inner)]
+        return node.body if inner and (asserts(node) or loaded([node]) & asserting) else []
     is_main = isinstance(node, ast.Expr) and ast.unparse(node.value).startswith("unittest.main(")
     return [] if is_main else [node]
+
+
+def asserts(node):
+    return any(isinstance(n, ast.Assert) for n in ast.walk(node))
 
 
 def is_root(node, cases):
     """Whether this statement runs although nothing else uses it."""
     name = getattr(node, "name", "")
-    definition = isinstance(node, (*FUNCTION, ast.ClassDef))
-    return not definition or name in (*cases, *SETUPS, "check") or name.startswith("test")
+    named = name in (*cases, *SETUPS, "check") or name.startswith("test")
+    return named or not isinstance(node, DEFINITIONS)
 
 
 def cases_in(body):
@@ -924,8 +950,8 @@ def has_tests(node):
 
 EXCEPTIONS = ("Error", "Exception", "Warning")
 BUILTINS = vars(builtins).keys()
-CHANGES_IT = """append extend insert remove pop clear update discard sort reverse setdefault
-    popitem appendleft extendleft popleft rotate subtract difference_update intersection_update
+CHANGES_IT = """append extend insert remove pop clear update discard setdefault popitem
+    appendleft extendleft popleft rotate subtract difference_update intersection_update
     symmetric_difference_update"""
 CHANGES_FIRST = "heappush heappop heapify heapreplace heappushpop shuffle insort"
 CHANGING, CHANGING_FIRST = set(CHANGES_IT.split()), set(CHANGES_FIRST.split())
@@ -1045,7 +1071,8 @@ def changes_what_is_shared(nodes, names, read):
                 return True
             case ast.Call(func=f, args=args) if loaded([f]) & theirs or is_given(f):
                 for x in [*args, *(keyword.value for keyword in node.keywords)]:
-                    if isinstance(x, ast.Name) and x.id in read and x.id[:1].islower():
+                    back = isinstance(x, ast.Name) and x.id in read and x.id[:1].islower()
+                    if back and loaded([f]) & names:
                         return True  # the candidate gets back a copy of what it holds
                     shared = [ast.unparse(x)] if isinstance(x, ast.Attribute) else loaded([x])
                     given = dict.fromkeys(shared, True) | given
@@ -1122,7 +1149,8 @@ def same_output(expected, output):
     for line, found in zip(expected, output):
         if line.rstrip() == found.rstrip():
             continue
-        numbers = all(map(NUMBER.fullmatch, line.split()))  # blanks may be part of a drawing
+        # Blanks may be part of a drawing.
+        numbers = all(re.fullmatch(r"[\d.eE+-]*\d[\d.eE+-]*", word) for word in line.split())
         words, found = [
             re.split(r"\s+" if numbers else r"(\s+)", x.rstrip()) for x in (line, found)
         ]
@@ -1155,10 +1183,11 @@ def run_case(case):
         getattr(case, "setup_class", bool)()
         for name in names:
             instance = case()
-            for step in ("setup_method", name, "teardown_method"):
-                method = getattr(instance, step, bool)
-                arguments = method.__code__.co_argcount - 1 if method is not bool else 0
-                method(*[getattr(instance, name)][:arguments])
+            test = getattr(instance, name)
+            for step in ("setup_method", "", "teardown_method"):
+                method = getattr(instance, step, bool) if step else test
+                takes = step and getattr(method, "__code__", None)
+                method(*[test][: takes.co_argcount - 1 if takes else 0])
         return
     result = unittest.TestResult()
     unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)

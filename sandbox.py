@@ -467,7 +467,7 @@ FENCE = re.compile(
     r"^(?P<before>.*?)(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)[ \t]*$", re.M
 )
 PYTHON = ("", "python", "python3", "py", "py3")
-TAG = re.compile(r"^\[/?[A-Z]+\][ \t]*$", re.M)  # [PYTHON], [BEGIN] and [DONE] around code
+TAG = re.compile(r"^\[/?(?:PYTHON|BEGIN|DONE|END)\][ \t]*$", re.M)  # around code
 
 
 def program(problem, response):
@@ -484,7 +484,8 @@ def program(problem, response):
     is_body = text.lstrip("\n")[:1] in (" ", "\t")
     if prefix and is_body and name:  # then perhaps comes the next problem's code
         again = re.search(rf"^(?:async def|def|class) {re.escape(name)}\b", text, re.M)
-        text = text[: again.start()] if again else text
+        if again and (whole := assemble(prefix, text[: again.start()], name)):
+            return whole
     if whole := assemble(prefix, text, name):  # code and nothing else
         return whole
     fence = FENCE.search(text)
@@ -585,7 +586,8 @@ def is_stub(node):
         return bool(methods) and all(map(is_stub, methods))
     does = (ast.Call, ast.Yield, ast.YieldFrom, ast.Await)
     body = [n for n in getattr(node, "body", [node]) if not isinstance(n, (ast.Pass, *IMPORT))]
-    return all(isinstance(n, ast.Expr) and not isinstance(n.value, does) for n in body)
+    idle = [n for n in body if isinstance(n, ast.Expr)]
+    return idle == body and not any(isinstance(x, does) for n in idle for x in ast.walk(n))
 
 
 def defines(code, name):
@@ -644,7 +646,11 @@ def forms(prefix, code, name):
     method = re.findall(r"^[ \t]+(?:async )?def (\w+)", rest, re.M)[-1:]
     if header and method and looks_defined(body, method[0]):
         yield start + in_class(rest[: header.end()], body, name)
-    elif re.search(r"^def \w+\(self\b", body, re.M) and not looks_defined(body, name) and name:
+    elif (
+        name
+        and re.search(r"^def \w+\(self\b", body, re.M)
+        and not (looks_defined(body, name) or looks_defined(prefix, name))
+    ):
         yield start + in_class(f"class {name}:\n", body, name)
     if looks_defined(body, name) or not prefix:
         yield start + (code if looks_defined(code, name) else body)
@@ -713,7 +719,7 @@ def with_helpers(code, blocks, name):
         for node in reversed(parse(block).body):
             names, helper = names_of(node), ast.unparse(node)
             constant = isinstance(node, (ast.Assign, ast.AnnAssign))
-            use = not name or judge.loaded([node]) & {name, "input", "open"}
+            use = name and judge.loaded([node]) & {name, "input", "open"}
             if names & wanted - have and not (constant and use):
                 helpers.insert(0, helper)
                 have |= names

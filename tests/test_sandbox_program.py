@@ -15,6 +15,10 @@ FULL = dict(
 BARE = dict(prefix="", entry_point="solve")
 CLASS = dict(prefix="class Solution:\n    def solve(self, xs):\n", entry_point="Solution")
 OPEN = CLASS | dict(prefix=CLASS["prefix"] + "        ")
+MORE = dict(
+    prefix="class Solution:\n    def __init__(self):\n        self.f = sorted\n",
+    entry_point="Solution",
+)
 METHOD = dict(prefix="import math\n", entry_point="Solution")
 FIB = dict(prefix='def solve(xs):\n    """Doc."""\n', entry_point="solve")
 CODE = "def solve(xs):\n    return sorted(xs)\n"
@@ -99,6 +103,10 @@ ANSWERS = {
     "a body of a method, and another class": ("        return sorted(xs)\n\n\nclass Solution:\n    def other(self, x):\n        return x\n", OPEN),
     "a method and its use": (f"{F}python\ndef solve(self, xs):\n    return sorted(xs)\n\ns = Solution()\nprint(s.solve([2, 1]))\n{F}", CLASS),
     "a method and a helper beside its class": (f"{F}python\ndef mine(xs):\n    return sorted(xs)\n\ndef solve(self, xs):\n    return mine(xs)\n{F}", CLASS),
+    "pass, then the function": ("    pass\n\ndef solve(xs):\n    return sorted(xs)\n", FIB),
+    "a function of one expression": (f"{F}python\ndef solve(xs):\n    return [x for x in sorted(xs)]\n{F}", FIB),
+    "a text that looks like a tag": (f"{F}python\ndef solve(xs):\n    assert len(\"\"\"\n[INST]\n\"\"\") == 8\n    return sorted(xs)\n{F}", FIB),
+    "a method more": ("    def solve(self, xs):\n        return self.f(xs)\n", MORE),
     "a method without a class": (f"{F}python\ndef solve(self, xs):\n    return sorted(xs)\n{F}", METHOD),
 }  # fmt: skip
 
@@ -148,6 +156,8 @@ def test_a_part_of_a_program_is_not_the_program():
     for part in ("n = int(input())\n", "assert 2 * 2 == 4\n", "ans = n * 2\n"):
         answer = f"First:\n{F}python\n{wrong}{F}\nNo:\n{F}python\n{script}{F}\nHere\n{F}python\n{part}{F}"
         assert program(problem, answer).strip() == script.strip()
+    constant = f"{F}python\nMOD = 7\n{F}\nand\n{F}python\nprint(int(input()) % MOD)\n{F}"
+    assert program(problem, constant).split() == "MOD = 7 print(int(input()) % MOD)".split()
     halves = script.split("\n\n")
     answer = f"{F}python\n{halves[0]}\n{F}\nThen call it:\n{F}python\n{halves[1]}{F}"
     assert (
