@@ -467,7 +467,7 @@ FENCE = re.compile(
     r"^(?P<before>.*?)(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)[ \t]*$", re.M
 )
 PYTHON = ("", "python", "python3", "py", "py3")
-TAG = re.compile(r"^\[/?(?:PYTHON|BEGIN|DONE|END)\][ \t]*$", re.M)  # around code
+TAG = re.compile(r"^\[/?[A-Z]+\][ \t]*$", re.M)  # [PYTHON], [BEGIN] and [DONE] around code
 
 
 def program(problem, response):
@@ -480,7 +480,7 @@ def program(problem, response):
     name = judge.first_name(entry_point)
     text = response.split("</think>", 1)[-1].replace("\ufeff", "")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = TAG.sub("", text)
+    text = text if FENCE.search(text) else TAG.sub("", text)
     is_body = text.lstrip("\n")[:1] in (" ", "\t")
     if prefix and is_body and name:  # then perhaps comes the next problem's code
         again = re.search(rf"^(?:async def|def|class) {re.escape(name)}\b", text, re.M)
@@ -644,13 +644,10 @@ def forms(prefix, code, name):
     body = textwrap.dedent(code)
     header = re.search(r"^class\b.*:[ \t]*\n", rest, re.M)
     method = re.findall(r"^[ \t]+(?:async )?def (\w+)", rest, re.M)[-1:]
-    if header and method and looks_defined(body, method[0]):
+    methods = re.search(r"^(?:async )?def \w+\(self\b", body, re.M)
+    if header and (looks_defined(body, method[0]) if method else methods):
         yield start + in_class(rest[: header.end()], body, name)
-    elif (
-        name
-        and re.search(r"^def \w+\(self\b", body, re.M)
-        and not (looks_defined(body, name) or looks_defined(prefix, name))
-    ):
+    elif name and methods and not (looks_defined(body, name) or looks_defined(prefix, name)):
         yield start + in_class(f"class {name}:\n", body, name)
     if looks_defined(body, name) or not prefix:
         yield start + (code if looks_defined(code, name) else body)

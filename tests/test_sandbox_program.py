@@ -107,6 +107,8 @@ ANSWERS = {
     "a function of one expression": (f"{F}python\ndef solve(xs):\n    return [x for x in sorted(xs)]\n{F}", FIB),
     "a text that looks like a tag": (f"{F}python\ndef solve(xs):\n    assert len(\"\"\"\n[INST]\n\"\"\") == 8\n    return sorted(xs)\n{F}", FIB),
     "a method more": ("    def solve(self, xs):\n        return self.f(xs)\n", MORE),
+    "a method of an open class, its helper and its use": (f"{F}python\ndef mine(xs):\n    return sorted(xs)\n\ndef solve(self, xs):\n    return mine(xs)\n\ns = Solution()\nprint(s.solve([]))\n{F}", CLASS | dict(prefix="class Solution:\n")),
+    "other tags": (f"[SOLUTION]\n{CODE}[/SOLUTION]", BARE),
     "a method without a class": (f"{F}python\ndef solve(self, xs):\n    return sorted(xs)\n{F}", METHOD),
 }  # fmt: skip
 
