@@ -627,10 +627,13 @@ def looks_defined(code, name):
 
 @functools.lru_cache(maxsize=4096)
 def complete_part(prefix):
-    """The longest run of leading lines that parses: imports and helpers, no open `def f(x):`."""
+    """The longest run of leading lines that is complete: imports, helpers, no stub at its end."""
     lines = prefix.splitlines(keepends=True)
     for end in range(len(lines), 0, -1):
-        if parse("".join(lines[:end])) is not None:
+        if tree := parse("".join(lines[:end])):
+            last = tree.body[-1] if tree.body else None
+            if isinstance(last, judge.DEFINITIONS) and is_stub(last):
+                end = min(n.lineno for n in [last, *last.decorator_list]) - 1
             return "".join(lines[:end]).rstrip("\n") + "\n"
     return ""
 
@@ -653,7 +656,8 @@ def forms(prefix, code, name):
         yield start + (code if looks_defined(code, name) else body)
     yield prefix + code  # its body
     first, *others = code.split("\n")
-    width = min((len(x) - len(x.lstrip()) for x in others if x.strip()), default=0)
+    indented = [x for x in others if x[:1].isspace() and x.strip()]
+    width = min((len(x) - len(x.lstrip()) for x in indented), default=0)
     if width > 1 and len(first) - len(first.lstrip()) == width - 1:
         yield f"{prefix} {code}"  # some tokenizers drop a blank at the start
     yield start + code
