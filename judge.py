@@ -499,7 +499,7 @@ class Remote:
                 change(old, new)
             for name in kwargs:
                 change(kwargs[name], unpack(named[name], self.handle))
-            for key, new in (changes or {}).items():
+            for key, new in changes.items():
                 change(self.kept[key], unpack(new, self.handle))
             if number is not None:
                 value = self.kept[number] = change(self.kept.get(number), value)
@@ -955,7 +955,7 @@ CHANGES_IT = """append extend insert remove pop clear update discard setdefault 
     symmetric_difference_update"""
 CHANGES_FIRST = "heappush heappop heapify heapreplace heappushpop shuffle insort"
 CHANGING, CHANGING_FIRST = set(CHANGES_IT.split()), set(CHANGES_FIRST.split())
-ABSTRACT = {*collections.abc.__all__, "callable"}  # a stand-in has all their methods
+ABSTRACT = set(collections.abc.__all__)  # a stand-in has all their methods
 
 
 def why_one_process(nodes, names, read):
@@ -963,10 +963,6 @@ def why_one_process(nodes, names, read):
     cases, made = cases_in(nodes), any(name[:1].isupper() for name in names)
     if changes_what_is_shared(nodes, names, read):
         return "change what the candidate gave or was given"
-
-    def ids(node):
-        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-
     for node in nodes:
         match node:
             case ast.Name(id=word) | ast.Attribute(attr=word) | ast.keyword(arg=word) if (
@@ -987,11 +983,9 @@ def why_one_process(nodes, names, read):
                 return f"use {word}"
             case ast.Name(id=word) if word in names and word.endswith(EXCEPTIONS):
                 return f"name the candidate's {word}"
-            case ast.ExceptHandler(type=ast.AST() as kind) if not judged(ids(kind), made):
+            case ast.ExceptHandler(type=ast.AST() as kind) if not judged(kind, made):
                 return "catch an exception that is no builtin, or the judge's own"
-            case ast.Call(ast.Attribute(attr=f), [x, *_]) if "Raises" in f and not judged(
-                ids(x), made
-            ):
+            case ast.Call(ast.Attribute(attr=f), [x, *_]) if "Raises" in f and not judged(x, made):
                 return "expect an exception that is no builtin, or the judge's own"
             case ast.Import() | ast.ImportFrom() if not plain_import(node):
                 return f"import {getattr(node, 'module', None) or node.names[0].name}"
@@ -1012,11 +1006,12 @@ def why_one_process(nodes, names, read):
     return ""
 
 
-def judged(kinds, made):
+def judged(kind, made):
     """Whether J can tell such an exception of the candidate: a builtin one that is not J's own.
 
     Where a class is under test, J raises these two itself for what it cannot ask.
     """
+    kinds = loaded([kind])
     return not kinds - BUILTINS and not (made and kinds & {"TypeError", "AttributeError"})
 
 

@@ -480,7 +480,8 @@ def program(problem, response):
     name = judge.first_name(entry_point)
     text = response.split("</think>", 1)[-1].replace("\ufeff", "")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = text if FENCE.search(text) else TAG.sub("", text)
+    fence = FENCE.search(text)
+    text = text if fence else TAG.sub("", text)
     is_body = text.lstrip("\n")[:1] in (" ", "\t")
     if prefix and is_body and name:  # then perhaps comes the next problem's code
         again = re.search(rf"^(?:async def|def|class) {re.escape(name)}\b", text, re.M)
@@ -488,13 +489,12 @@ def program(problem, response):
             return whole
     if whole := assemble(prefix, text, name):  # code and nothing else
         return whole
-    fence = FENCE.search(text)
     head = text[: fence.start("mark")] if fence else ""  # code, a lone closing fence, and words
     is_code = is_body or looks_defined(head, name) or re.search(r"^[ \t]*return\b", head, re.M)
     if is_code and (whole := assemble(prefix, head, name)):
         return whole
     blocks = [code for language, code in code_blocks(text) if language.lower() in PYTHON]
-    blocks = [code for code in blocks if code.strip()]
+    blocks = list(filter(str.strip, blocks))
     right = [(whole, code) for code in blocks if (whole := assemble(prefix, code, name))]
     if right:
         # A block that defines the entry point itself comes before one that could be its body.

@@ -594,7 +594,7 @@ def show(records):
     """Write tables.md and the two figures beside results.jsonl."""
     everywhere = ("sft", "rm", *FILTERS)  # the others have run on pipeline 0 alone
     whole = [r for r in records if r["pipeline"] == r["seed"] and r["method"] in everywhere]
-    whole = [r for r in whole if r["pipeline"] != SWEEPS]
+    whole = [r for r in whole if r["seed"] in SEEDS]
     first = [r for r in records if r["pipeline"] == 0]
     sweeps = [r for r in records if r["pipeline"] == SWEEPS]
     pipelines = [(f"pipeline {s}", [r for r in whole if r["seed"] == s], "main", "") for s in SEEDS]
