@@ -512,10 +512,7 @@ class Remote:
     def error(self, action, name, classes, text, details=None):
         """An exception of U: its first builtin class that takes the arguments, by U's own name."""
         arguments, said, attributes = unpack(details, self.handle) or ((str(text),), None, {})
-        classes = [*map(str, classes), "Exception"]
-        if "Exception" not in classes[:-1]:  # sys.exit() is none
-            classes = ["BaseException"]
-        for known in classes:
+        for known in [*map(str, classes), "Exception"]:
             kind = getattr(builtins, known, None)
             if not isinstance(kind, type) or not issubclass(kind, BaseException):
                 continue

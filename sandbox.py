@@ -476,10 +476,10 @@ def program(problem, response):
     What is right for a person who reads the response is right here: fences in every form, several
     blocks, a body that goes on from the prefix or a whole function, words around code.
     """
-    prefix, entry_point = problem.get("prefix") or "", problem.get("entry_point")
-    name = judge.first_name(entry_point)
+    name = judge.first_name(problem.get("entry_point"))
     text = response.split("</think>", 1)[-1].replace("\ufeff", "")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    texts = (problem.get("prefix") or "", text)
+    prefix, text = (x.replace("\r\n", "\n").replace("\r", "\n") for x in texts)
     fence = FENCE.search(text)
     text = text if fence else TAG.sub("", text)
     is_body = text.lstrip("\n")[:1] in (" ", "\t")
@@ -500,7 +500,7 @@ def program(problem, response):
         # A block that defines the entry point itself comes before one that could be its body.
         last = right[0 if name else -1]
         whole, code = next((pair for pair in reversed(right) if answers(pair[1], name)), last)
-        return with_helpers(whole, [block for block in blocks if block is not code], name)
+        return with_helpers(whole, [block for block in blocks if block is not code])
     likely = [block for block in reversed(blocks) if looks_defined(block, name)] + blocks[:1]
     likely = [*likely[:1], FENCE.sub(r"\g<before>\n", text)]  # a fence may only end the code
     found = [whole for code in likely if (whole := longest_program(prefix, code, name))]
@@ -615,7 +615,7 @@ def answers(code, name):
             acts and read & {"print", "sys", "os"} and read & {"input", "open", "sys", "os"}
         )
     last = [node for node in parse(code).body if name in names_of(node)][-1]
-    return not isinstance(last, IMPORT) and name not in judge.loaded([getattr(last, "value", last)])
+    return name not in judge.loaded([getattr(last, "value", last)])  # not `f = cache(f)`
 
 
 def looks_defined(code, name):
@@ -634,7 +634,7 @@ def complete_part(prefix):
             last = tree.body[-1] if tree.body else None
             if isinstance(last, judge.DEFINITIONS) and is_stub(last):
                 end = min(n.lineno for n in [last, *last.decorator_list]) - 1
-            return "".join(lines[:end]).rstrip("\n") + "\n"
+            return "".join(lines[:end]).rstrip("\n") + "\n" * (end > 0)
     return ""
 
 
@@ -711,7 +711,7 @@ def hoist(code):
     return "\n".join([*futures, FUTURE.sub("", code)]) if futures else code
 
 
-def with_helpers(code, blocks, name):
+def with_helpers(code, blocks):
     """Code with the imports, functions, classes and constants that only the other blocks have."""
     with PARSING:
         wanted, have = judge.global_names([code])
@@ -719,9 +719,7 @@ def with_helpers(code, blocks, name):
     for block in reversed([block for block in blocks if parse(block)]):
         for node in reversed(parse(block).body):
             names, helper = names_of(node), ast.unparse(node)
-            constant = isinstance(node, (ast.Assign, ast.AnnAssign))
-            use = name and judge.loaded([node]) & {name, "input", "open"}
-            if names & wanted - have and not (constant and use):
+            if names & wanted - have:
                 helpers.insert(0, helper)
                 have |= names
                 with PARSING:

@@ -265,7 +265,7 @@ STYLES = {
     "a main guard that ends": (*DOUBLE, "import sys\ndef test_f():\n    assert f(2) == 4\nif __name__ == '__main__':\n    test_f()\n    sys.exit(0)", "", "split"),
     "a main guard of a program": (*DOUBLE, "assert f(2) == 4\nif __name__ == '__main__':\n    print(f(int(input())))", "", "split"),
     "a main function": (*DOUBLE, "assert f(0) == 0\ndef main():\n    assert f(2) == 4\nif __name__ == '__main__':\n    main()", "", "split"),
-    "a case with its tests from elsewhere": (*DOUBLE, "import unittest\nclass Mixin:\n    def test_a(self): self.assertEqual(f(2), 4)\nclass A(Mixin, unittest.TestCase): pass\nif __name__ == '__main__':\n    suite = unittest.TestLoader().loadTestsFromTestCase(A)\n    unittest.TextTestRunner().run(suite)", "", "in_process"),
+    "a case with its tests from elsewhere": (*DOUBLE, "import unittest\nclass Mixin:\n    def test_a(self): self.assertEqual(f(2), 4)\nclass A(Mixin, unittest.TestCase): pass\nsuite = unittest.TestLoader().loadTestsFromTestCase(A)\nunittest.TextTestRunner().run(suite)", "", "in_process"),
     "setup_module with its module": (*DOUBLE, "def setup_module(module):\n    global n\n    n = 2\ndef test_it(): assert f(n) == 4", "", "split"),
     "rows that a later call changes": ("class Box:\n    def __init__(s): s.b = [[0] * 2 for _ in range(2)]\n    def board(s): return s.b\n    def move(s): s.b[0][0] = 1", ("[0][0]", "[1][0]"), "x = Box()\nb = x.board()\nx.move()\nassert b == [[1, 0], [0, 0]]", "", "split"),
     "a copy of rows": ("class Box:\n    def __init__(s): s.b = [[0] * 2 for _ in range(2)]\n    def board(s): return [r[:] for r in s.b]\n    def move(s): s.b[0][0] = 1", ("[r[:] for r in s.b]", "s.b"), "x = Box()\nb = x.board()\nx.move()\nassert b == [[0, 0], [0, 0]]", "", "split"),
@@ -317,6 +317,7 @@ STYLES = {
     "a global bound anew": ("class Box:\n    def __init__(s, n): s.n = n\nbox = Box(0)\ndef put(i):\n    global box\n    box = Box(i)\n    return Box(100 + i)", ("100 +", "99 +"), "for i in range(20):\n    m = put(i)\n    assert box.n == i and m.n == 100 + i", "", "split"),
     "a length that next changes": ("class Box:\n    n = 3\n    def __len__(s): return s.n\n    def __iter__(s): return s\n    def __next__(s):\n        if not s.n: raise StopIteration\n        s.n -= 1\n        return s.n", ("s.n -= 1", "s.n -= 2"), "b = Box()\nassert len(b) == 3 and next(b) == 2 and len(b) == 2 and list(b) == [1, 0]", "", "split"),
     "a length that iteration changes": ("class Box:\n    def __init__(s): s.v = [1, 2, 3]\n    def __len__(s): return len(s.v)\n    def __iter__(s):\n        while s.v: yield s.v.pop(0)", ("pop(0)", "pop()"), "b = Box()\nassert len(b) == 3 and list(b) == [1, 2, 3] and len(b) == 0", "", "split"),
+    "a length after the items": ("class Box:\n    def __init__(s, v): s.v = v\n    def __len__(s): return len(s.v)\n    def __iter__(s): return iter(s.v)", ("iter(s.v)", "iter(())"), "b = Box([1, 2, 3])\nassert all(x == y for x, y in zip(b, [1, 2, 3])) and len(b) == 3", "", "split"),
     "a length that an item changes": ("class Box:\n    def __init__(s): s.d = {}\n    def __getitem__(s, k): return s.d.setdefault(k, 0)\n    def __len__(s): return len(s.d)", ("setdefault", "get"), "b = Box()\nassert len(b) == 0 and b['a'] == 0 and len(b) == 1", "", "split"),
     "numbers of a class": ("class Box:\n    def __init__(s, x): s.x = x\n    def __lshift__(s, k): return Box(s.x << k)\n    def __itruediv__(s, k): s.x /= k; return s\n    def __floor__(s): return int(s.x)\n    def __trunc__(s): return int(s.x)\n    def __complex__(s): return complex(s.x, 1)\n    def __bytes__(s): return b'%d' % s.x\n    def __float__(s): return s.x + 0.5", ("return int(s.x)\n    def __trunc", "return 0\n    def __trunc"), "import math\na = b = Box(8)\na /= 2\nassert b.x == 4 and (Box(1) << 3).x == 8 and math.floor(Box(2)) == math.trunc(Box(2)) == 2 and complex(Box(5)) == 5 + 1j and bytes(Box(5)) == b'5'", "", "split"),
     "a function of numpy": ("def f(g, x): return (g(x + 1e-6) - g(x - 1e-6)) / 2e-6", ("(x + 1e-6)", "(x)"), "import numpy as np\nassert abs(f(np.sin, 0.0) - 1) < 1e-6", "", "in_process"),
@@ -422,6 +423,10 @@ UNEARNED = {
     "a length, and an iterator that equals all": (
         "__len__ = lambda s: 3\n    def __iter__(s):\n        class I:\n            __eq__ = lambda s, o: True\n            __iter__ = lambda s: s\n            def __next__(s): raise StopIteration\n        return I()",
         "x = f(1)\nassert len(x) == 3 and all(a == b for a, b in zip(x, [1, 2, 3]))",
+    ),
+    "a length, and more than that": (
+        "__len__ = lambda s: 2\n    __iter__ = lambda s: iter([1, 2, 3, 4])",
+        "x = f(1)\nassert len(x) == 2\nfor a, b in zip(x, [1, 2, 3]): assert a == b",
     ),
     "a length, and another call": (
         "__len__ = lambda s: 3\n    __iter__ = lambda s: iter([])",

@@ -19,6 +19,7 @@ MORE = dict(
     prefix="class Solution:\n    def __init__(self):\n        self.f = sorted\n",
     entry_point="Solution",
 )
+STUB = CLASS | dict(prefix=CLASS["prefix"] + '        """Doc."""\n        ')
 METHOD = dict(prefix="import math\n", entry_point="Solution")
 FIB = dict(prefix='def solve(xs):\n    """Doc."""\n', entry_point="solve")
 CODE = "def solve(xs):\n    return sorted(xs)\n"
@@ -108,6 +109,7 @@ ANSWERS = {
     "a text that looks like a tag": (f"{F}python\ndef solve(xs):\n    assert len(\"\"\"\n[INST]\n\"\"\") == 8\n    return sorted(xs)\n{F}", FIB),
     "a method more": ("    def solve(self, xs):\n        return self.f(xs)\n", MORE),
     "a method of an open class, its helper and its use": (f"{F}python\ndef mine(xs):\n    return sorted(xs)\n\ndef solve(self, xs):\n    return mine(xs)\n\ns = Solution()\nprint(s.solve([]))\n{F}", CLASS | dict(prefix="class Solution:\n")),
+    "a method behind its stub, and its use": (f"{F}python\ndef solve(self, xs):\n    return sorted(xs)\n\ns = Solution()\nprint(s.solve([]))\n{F}", STUB),
     "other tags": (f"[SOLUTION]\n{CODE}[/SOLUTION]", BARE),
     "a method without a class": (f"{F}python\ndef solve(self, xs):\n    return sorted(xs)\n{F}", METHOD),
 }  # fmt: skip
@@ -181,6 +183,13 @@ def test_an_entry_point_that_is_an_expression():
 def test_blocks_of_an_answer():
     blocks = code_blocks(f"a\n{F}python\nx = 1\n{F}\nb\n~~~\ny = 2\n~~~\n")
     assert blocks == [("python", "x = 1\n"), ("", "y = 2\n")]
+
+
+def test_lines_that_end_in_other_ways():
+    """A lone carriage return ends a line for Python, too; words are cleared by line number."""
+    problem = dict(prefix="import math\rx = 1\r\n", entry_point="f")
+    code = program(problem, "def f(n):\r    return n\r\rExplanation")
+    assert code == "import math\nx = 1\ndef f(n):\n    return n\n\n"
 
 
 def test_many_fences_take_no_time():
