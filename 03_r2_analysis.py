@@ -100,8 +100,8 @@ def ordered_pairs(rm_scores, actual_scores):
 def draw_responses(scores, strategy, generator, top, bottom):
     """What a strategy keeps of (P, N) rewards, as a mask.
 
-    R2 is taken of drawn responses, not of all responses weighted by the filter: R2 of few responses
-    is lower than R2 of many, and with weights random2, the control for this, would equal none.
+    Drawn, not all responses weighted by the filter: R2 of fewer responses is lower, and `random2`
+    is the control for that. With weights it would equal `none`.
     pow_k weights all responses in training. Here it draws two per prompt by these weights.
     """
     scores = torch.tensor(scores)
@@ -243,8 +243,9 @@ def main(cfg):
 def read_samples(path, cfg):
     """The policies of a sample file -> list of (names, scores (P, N), actual_scores (P, N)).
 
-    Rewards are normalised over the file, and truncated responses get the penalty, as in stage 4: R2
-    judges what the filter of stage 4 ranks by.
+    Rewards are normalised over the file, and truncated responses get the penalty: what the filter
+    of stage 4 ranks by. It keeps the unit of the SFT policy's samples, so that on its later
+    rollouts the thresholds of `top*` are not quite those of training.
     """
     number, text = (int, float), (str, type(None))
     fields = {"task_id": (str, int), "rm_score": number, "actual_score": (*number, bool)}
@@ -282,8 +283,8 @@ def read_samples(path, cfg):
 def judge(scores, actual_scores, cfg):
     """What r2.json says of the samples of one policy, (P, N) scores and actual_scores.
 
-    The intervals hold for the same measurement on as many other prompts. With more prompts R2 would
-    be higher, since the group means would be less noisy.
+    The intervals are for the same measurement on as many new prompts. With more prompts R2 would be
+    higher, since the group means would be less noisy.
     """
     prompts, n = scores.shape
     generator = torch.Generator().manual_seed(cfg.seed)

@@ -72,8 +72,8 @@ PANELS = {
 class Config:
     strategy: Strategy = "bw"  # the filter, see filter_weights; paper: br or bw
     reward: Literal["rm", "tests"] = "rm"  # tests: share of unit tests passed, no RM is needed
-    # gae: with a critic. rloo, grpo: a response against the others of its prompt. Unlike in their
-    # papers the KL penalty is added as a reward to go, and the sum is whitened over the batch.
+    # gae: with a critic. rloo, grpo: a response against the others of its prompt, gamma and lam 1.
+    # Unlike in their papers the KL penalty to go is added, and the sum is whitened over the batch.
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     data: str = "data/tiny/ppo.jsonl"  # problems to train on, JSONL
     validation: str = "data/tiny/validation.jsonl"  # problems that choose the best checkpoint
@@ -87,9 +87,9 @@ class Config:
     bottom: float = -0.5  # top_bottom: scores below are kept, too (--reward tests: test shares)
     temperature: float = 1.0  # divides the logits in rollout, update and reference alike
     max_new_tokens: int = 96  # longest response, tokens; authors' scripts: 2048
-    truncation_penalty: float = 1.0  # taken off the score of a response without EOS
+    truncation_penalty: float = 1.0  # off the score (in its unit) of a response without EOS
     epochs: int = 1  # passes over the kept responses of an iteration; paper: 3 on average
-    minibatch_size: int = 48  # responses per optimiser step; authors' scripts: 256
+    minibatch_size: int = 48  # responses per optimiser step, at most; authors' scripts: 256
     micro_batch_size: int = 48  # responses per forward and backward pass; changes memory only
     lr: float = 1e-4  # policy learning rate (AdamW, constant); paper: 5e-7 (6.7B parameters)
     critic_lr: float = 5e-4  # critic learning rate; paper: 9e-6
@@ -125,9 +125,9 @@ class Config:
 #   bon (best of N)      1, 0, .., 0                                 the best
 #   br (best-random)     1/2, 1/(2(N-1)), .., 1/(2(N-1))             the best and another at random
 #   bw (best-worst)      1/2, 0, .., 0, 1/2                          the best and the worst
-#   top                  equal where score > top                     those, or the best of all
+#   top                  equal where score > top                     those; if none, the best
 #   top_random           twice as much where score > top             those, and each other by a coin
-#   top_bottom           equal where score > top or < bottom         those, or the best of all
+#   top_bottom           equal where score > top or < bottom         those; if none, the best
 #   pow_1, pow_2, pow_3  |r|^k, r stretched to [-1, 1]               all, advantages times N weight
 #
 # select_responses draws what the weights describe. The numbers serve pow_k and stage 3.
@@ -180,7 +180,7 @@ def select_responses(rm_scores, strategy, generator, top=0.5, bottom=-0.5):
     """
     scores = torch.as_tensor(rm_scores, dtype=torch.float32)
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    noise = torch.rand(scores.shape, generator=generator)  # drawn by all: one stream per seed
+    noise = torch.rand(scores.shape, generator=generator)  # by all strategies: one stream per seed
     if strategy in ("br", "random2"):
         if strategy == "br":
             noise = noise.masked_fill(rank == 0, 2.0)  # the best first, then the largest noise
@@ -330,8 +330,8 @@ def main(cfg):
         )
         parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
 
-    # ---- start or resume. Each iteration seeds what is random in it, so weights, optimisers and
-    # metrics are the whole state.
+    # ---- start or resume. Each iteration seeds what is random in it, so the state holds no random
+    # number generator.
     if out.exists():
         state = load_state(out, parts)
         metrics, kl_coef, best = state["metrics"], state["kl_coef"], state["best"]
@@ -466,8 +466,8 @@ def main(cfg):
                 rm_score=None if rm_scores is None else rm_scores[k].item(),
                 score=scores[k].item(),
                 truncated=truncated[k].item(),
-                policy=f"{out}/{iteration:04d}",  # by which stage 3 groups them
-                iteration=iteration,
+                policy=str(out),
+                iteration=iteration,  # stage 3 groups by both
                 kept=k in kept,
             )
             for k in range(len(texts))
@@ -604,7 +604,7 @@ def load_policy(path, tokenizer, cfg, device):
 
 
 def load_critic(cfg, tokenizer, device):
-    """The critic that learns, and the reward model; either can be None.
+    """The critic that learns, and the reward model; either or both can be None.
 
     With LoRA they are one model: the reward model is the critic without its adapters.
     """
@@ -754,16 +754,16 @@ def generate_batch(model, tokenizer, prompts, temperature, cfg, bar):
             places = torch.tensor([row_of[tuple(ids)] for ids in prompts], device=device)
             cache.batch_select_indices(places)
             logits, mask = logits[places], mask[places]
-        distribution = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+        all_logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
         if temperature > 0:  # invert the cumulative distribution: torch.multinomial is slow on CPUs
-            cumulative = distribution.exp().cumsum(-1)
+            cumulative = all_logprobs.exp().cumsum(-1)
             uniform = torch.rand(len(cumulative), 1, device=device) * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, uniform, right=True)
             chosen = chosen.clamp(max=cumulative.shape[1] - 1)  # (b, 1)
         else:
-            chosen = distribution.argmax(-1, keepdim=True)
+            chosen = all_logprobs.argmax(-1, keepdim=True)
         tokens[rows, t] = chosen[:, 0]
-        logprobs[rows, t] = distribution.gather(-1, chosen)[:, 0]
+        logprobs[rows, t] = all_logprobs.gather(-1, chosen)[:, 0]
         going = (tokens[rows, : t + 1] != eos).all(1)
         unfinished = int(going.sum())  # a GPU waits here: once per token
         bar.update(len(rows))
@@ -814,7 +814,7 @@ def take_rows(batch, rows, device):
     used, answered = part["attention_mask"].any(0), part["response_mask"].any(0)
     for name, field in part.items():
         whole = name in ("input_ids", "attention_mask")  # prompt and response
-        columns = used if whole else answered[: field.shape[1]]  # all of a (B, 1) field
+        columns = used if whole else answered[: field.shape[1]]  # (B, 1): in stages 6, 7
         part[name] = field[:, columns].to(device)
     return part
 

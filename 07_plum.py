@@ -620,16 +620,16 @@ def generate_batch(model, tokenizer, prompts, temperature, cfg, bar):
             places = torch.tensor([row_of[tuple(ids)] for ids in prompts], device=device)
             cache.batch_select_indices(places)
             logits, mask = logits[places], mask[places]
-        distribution = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+        all_logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
         if temperature > 0:  # invert the cumulative distribution: torch.multinomial is slow on CPUs
-            cumulative = distribution.exp().cumsum(-1)
+            cumulative = all_logprobs.exp().cumsum(-1)
             uniform = torch.rand(len(cumulative), 1, device=device) * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, uniform, right=True)
             chosen = chosen.clamp(max=cumulative.shape[1] - 1)  # (b, 1)
         else:
-            chosen = distribution.argmax(-1, keepdim=True)
+            chosen = all_logprobs.argmax(-1, keepdim=True)
         tokens[rows, t] = chosen[:, 0]
-        logprobs[rows, t] = distribution.gather(-1, chosen)[:, 0]
+        logprobs[rows, t] = all_logprobs.gather(-1, chosen)[:, 0]
         going = (tokens[rows, : t + 1] != eos).all(1)
         unfinished = int(going.sum())  # a GPU waits here: once per token
         bar.update(len(rows))

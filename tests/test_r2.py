@@ -363,3 +363,9 @@ def refused(r2, folder, capsys, records, words, **settings):
 def test_no_model_is_loaded(r2):
     source = Path(r2.__file__).read_text()
     assert "transformers" not in source and "from_pretrained" not in source
+
+
+def test_the_file_in_the_readme_is_one(r2, tmp_path):
+    readme = (Path(r2.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "my.jsonl").write_text(readme.partition("```json\n")[2].partition("```")[0])
+    assert run(r2, tmp_path, tmp_path / "my.jsonl")["policies"]
