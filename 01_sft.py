@@ -236,9 +236,11 @@ def main(cfg):
                     flush=True,
                 )
 
-    save_model(model, tokenizer, out)  # in place of state.pt
+    save_model(model, tokenizer, out)
     sandbox.write_jsonl(out / "metrics.jsonl", metrics)
     sandbox.save_config(cfg, out)
+    for file in out.glob("state*"):
+        file.unlink()
     print(f"saved {out} after {time.time() - started:.0f} s")
 
 
@@ -256,13 +258,17 @@ def load_state(out, parts):
 def save_state(cfg, out, parts, **progress):
     """Write state.pt, from which --resume goes on: how far the run is, and all that learns.
 
+    Until the first state is written the folder is called <out>.tmp.
+
     Args: parts: {name: model, optimizer or scheduler}.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    folder = out if out.exists() else Path(f"{out}.tmp")
+    folder.mkdir(parents=True, exist_ok=True)
     state = progress | {name: part.state_dict() for name, part in parts.items()}
-    torch.save(state, out / "state.tmp")
-    (out / "state.tmp").replace(out / "state.pt")
-    sandbox.save_config(cfg, out, "state_config.json")
+    torch.save(state, folder / "state.tmp")
+    (folder / "state.tmp").replace(folder / "state.pt")
+    sandbox.save_config(cfg, folder, "state_config.json")
+    folder.replace(out)
 
 
 def set_up(cfg):
@@ -316,15 +322,20 @@ def add_adapters(model, rank, task_type):
 
 
 def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, LoRA merged in float32; it is complete or absent."""
+    """Save an ordinary Hugging Face folder, LoRA merged in float32, each file whole or not at all.
+
+    What else the folder holds stays.
+    """
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     temporary = Path(f"{directory}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.replace(directory)
+    directory.mkdir(exist_ok=True)
+    for file in temporary.iterdir():
+        shutil.rmtree(directory / file.name, ignore_errors=True)  # a folder cannot be replaced
+        file.replace(directory / file.name)
+    temporary.rmdir()
 
 
 # --------------------------------------------------------------------------- examples and batches

@@ -172,7 +172,7 @@ def main(cfg):
 
     # ---- sample responses of the SFT policy, run the tests
     if out.exists():  # an interrupted run has done it
-        groups = [sandbox.read_jsonl(out / name, {"ids": list}) for name in SAMPLE_FILES]
+        groups = [sandbox.read_jsonl(out / f"state_{name}", {"ids": list}) for name in SAMPLE_FILES]
     else:
         policy = load_model(AutoModelForCausalLM, cfg.policy, tokenizer).to(device)
         room = cfg.max_new_tokens, policy.config
@@ -219,9 +219,11 @@ def main(cfg):
         done = load_state(out, parts)["step"]
         print(f"resuming {out} after step {done} of {steps}")
     else:
-        out.mkdir(parents=True)
+        start = Path(f"{out}.tmp")
+        shutil.rmtree(start, ignore_errors=True)
+        start.mkdir(parents=True)
         for name, group in zip(SAMPLE_FILES, groups):
-            sandbox.write_jsonl(out / name, group)
+            sandbox.write_jsonl(start / f"state_{name}", group)
         save_state(cfg, out, parts, step=0)
 
     # ---- train
@@ -274,12 +276,14 @@ def main(cfg):
     print_report(accuracy, validation_samples)
 
     # ---- save
-    save_model(reward_model, tokenizer, out)  # in place of state.pt
+    save_model(reward_model, tokenizer, out)
     for name, group in zip(SAMPLE_FILES, groups):
         sandbox.write_jsonl(out / name, group)
     sandbox.write_jsonl(out / "pairs.jsonl", map(pair_record, pairs))
     (out / "accuracy.json").write_text(json.dumps(accuracy, indent=2) + "\n", encoding="utf-8")
     sandbox.save_config(cfg, out)
+    for file in out.glob("state*"):
+        file.unlink()
     print(f"saved {out} after {time.time() - started:.0f} s")
 
 
@@ -297,13 +301,17 @@ def load_state(out, parts):
 def save_state(cfg, out, parts, **progress):
     """Write state.pt, from which --resume goes on: how far the run is, and all that learns.
 
+    Until the first state is written the folder is called <out>.tmp.
+
     Args: parts: {name: model, optimizer or scheduler}.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    folder = out if out.exists() else Path(f"{out}.tmp")
+    folder.mkdir(parents=True, exist_ok=True)
     state = progress | {name: part.state_dict() for name, part in parts.items()}
-    torch.save(state, out / "state.tmp")
-    (out / "state.tmp").replace(out / "state.pt")
-    sandbox.save_config(cfg, out, "state_config.json")
+    torch.save(state, folder / "state.tmp")
+    (folder / "state.tmp").replace(folder / "state.pt")
+    sandbox.save_config(cfg, folder, "state_config.json")
+    folder.replace(out)
 
 
 def set_up(cfg):
@@ -357,15 +365,20 @@ def add_adapters(model, rank, task_type):
 
 
 def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, LoRA merged in float32; it is complete or absent."""
+    """Save an ordinary Hugging Face folder, LoRA merged in float32, each file whole or not at all.
+
+    What else the folder holds stays.
+    """
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     temporary = Path(f"{directory}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.replace(directory)
+    directory.mkdir(exist_ok=True)
+    for file in temporary.iterdir():
+        shutil.rmtree(directory / file.name, ignore_errors=True)  # a folder cannot be replaced
+        file.replace(directory / file.name)
+    temporary.rmdir()
 
 
 # -------------------------------------------------------------------- sampled and tested responses

@@ -250,11 +250,17 @@ def read_samples(path, cfg):
     number, text = (int, float), (str, type(None))
     fields = {"task_id": (str, int), "rm_score": number, "actual_score": (*number, bool)}
     fields |= {"policy": text, "iteration": (int, type(None)), "truncated": (bool, type(None))}
-    records = sandbox.read_jsonl(path, fields)
+
+    def check(record, place):
+        for name in ("rm_score", "actual_score"):
+            if not -1e30 < record[name] < 1e30:  # nan, too
+                sandbox.fail(f"{place}: field '{name}' is no finite number")
+
+    records = sandbox.read_jsonl(path, fields, check=check)
     scores, actual_scores = np.array([[r["rm_score"], r["actual_score"]] for r in records], float).T
     for name, values in (("rm_score", scores), ("actual_score", actual_scores)):
-        if not 0 < np.ptp(values) < np.inf:  # false for nan, too
-            sandbox.fail(f"{path}: {name} is the same in all samples, or not finite in one")
+        if not np.ptp(values) > 0:
+            sandbox.fail(f"{path}: {name} is the same in all samples")
     scores = (scores - scores.mean()) / scores.std()
     scores -= cfg.truncation_penalty * np.array([bool(r["truncated"]) for r in records])
 

@@ -339,8 +339,10 @@ def main(cfg):
     else:
         best = validate(policy, tokenizer, validation, validation_ids, cfg, amp)
         metrics, kl_coef = [{"iteration": 0, "validation_pass_at_1": best}], cfg.kl_coef
-        (out / "rollouts").mkdir(parents=True)
-        save_model(policy, tokenizer, out / "best")
+        start = Path(f"{out}.tmp")
+        shutil.rmtree(start, ignore_errors=True)
+        (start / "rollouts").mkdir(parents=True)
+        save_model(policy, tokenizer, start / "best")
         save_state(cfg, out, parts, metrics=metrics, kl_coef=kl_coef, best=best)
         print(f"before training: validation pass@1 {best:.3f}, {time.time() - started:.0f} s")
     background = ThreadPoolExecutor(1)  # it runs the tests while the models work
@@ -364,6 +366,7 @@ def main(cfg):
         texts = [sandbox.decode_response(tokenizer, ids) for ids in responses]
         truncated = torch.tensor([ids[-1] != tokenizer.eos_token_id for ids in responses])
         limits = {"timeout": cfg.timeout, "workers": cfg.workers}
+        limits["progress"] = "testing" if cfg.reward == "tests" else None  # waited for
         verdicts = background.submit(sandbox.run_tests, row_problems, texts, **limits)
         clock.append(time.time())
 
@@ -373,7 +376,9 @@ def main(cfg):
         if cfg.reward == "rm":
             sequences = [prompt + ids for prompt, ids in zip(row_prompts, responses)]
             with amp, without_adapters(reward_model):
-                rm_scores = score_responses(reward_model, sequences, cfg.score_batch_size)
+                rm_scores = score_responses(
+                    reward_model, sequences, cfg.score_batch_size, "scoring"
+                )
             scores = normalised(rm_scores, reward_model)
         else:
             rm_scores = None
@@ -494,8 +499,8 @@ def main(cfg):
     save_model(policy, tokenizer, out / "last")
     sandbox.plot_curves(metrics, out / "curves.png", PANELS)
     sandbox.save_config(cfg, out)
-    for name in ("state.pt", "state_config.json"):
-        (out / name).unlink()
+    for file in out.glob("state*"):
+        file.unlink()
     print(f"saved {out}: best validation pass@1 {best:.3f}, {time.time() - started:.0f} s")
 
 
@@ -526,13 +531,17 @@ def rollout_shape(cfg):
 def save_state(cfg, out, parts, **progress):
     """Write state.pt, from which --resume goes on: how far the run is, and all that learns.
 
+    Until the first state is written the folder is called <out>.tmp.
+
     Args: parts: {name: model, optimizer or scheduler}.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    folder = out if out.exists() else Path(f"{out}.tmp")
+    folder.mkdir(parents=True, exist_ok=True)
     state = progress | {name: part.state_dict() for name, part in parts.items()}
-    torch.save(state, out / "state.tmp")
-    (out / "state.tmp").replace(out / "state.pt")
-    sandbox.save_config(cfg, out, "state_config.json")
+    torch.save(state, folder / "state.tmp")
+    (folder / "state.tmp").replace(folder / "state.pt")
+    sandbox.save_config(cfg, folder, "state_config.json")
+    folder.replace(out)
 
 
 def load_state(out, parts):
@@ -587,8 +596,9 @@ def load_reward_model(path, tokenizer):
     if other.get_vocab() != tokenizer.get_vocab() or theirs != ours:
         sandbox.fail(f"the tokenizer of {path} is not the policy's; train the RM from this policy")
     model = load_model(AutoModelForSequenceClassification, path, tokenizer)
-    if not getattr(model.config, "reward_std", 0) > 0:
-        sandbox.fail(f"{path} has no reward_mean and reward_std; train it with 02_reward_model.py")
+    unit = [getattr(model.config, name, None) for name in ("reward_mean", "reward_std")]
+    if not (all(isinstance(x, (int, float)) and math.isfinite(x) for x in unit) and unit[1] > 0):
+        sandbox.fail(f"{path}: reward_mean and reward_std are {unit}; train it with stage 2")
     return model
 
 
@@ -646,15 +656,20 @@ def without_adapters(model):
 
 
 def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, LoRA merged in float32; it is complete or absent."""
+    """Save an ordinary Hugging Face folder, LoRA merged in float32, each file whole or not at all.
+
+    What else the folder holds stays.
+    """
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     temporary = Path(f"{directory}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.replace(directory)
+    directory.mkdir(exist_ok=True)
+    for file in temporary.iterdir():
+        shutil.rmtree(directory / file.name, ignore_errors=True)  # a folder cannot be replaced
+        file.replace(directory / file.name)
+    temporary.rmdir()
 
 
 # -------------------------------------------------------------------------- generate and validate
@@ -784,7 +799,8 @@ def validate(policy, tokenizer, problems, prompts, cfg, amp):
     with amp:
         responses, _ = generate(policy, tokenizer, prompts, 1, 0.0, cfg, "validating")
     texts = [sandbox.decode_response(tokenizer, ids) for ids in responses]
-    results = sandbox.run_tests(problems, texts, timeout=cfg.timeout, workers=cfg.workers)
+    limits = {"timeout": cfg.timeout, "workers": cfg.workers, "progress": "testing"}
+    results = sandbox.run_tests(problems, texts, **limits)
     return sum(result.passed for result in results) / len(results)
 
 

@@ -276,8 +276,9 @@ def load_reward_model(path, tokenizer):
     if other.get_vocab() != tokenizer.get_vocab() or theirs != ours:
         sandbox.fail(f"the tokenizer of {path} is not the policy's; train the RM from this policy")
     model = load_model(AutoModelForSequenceClassification, path, tokenizer)
-    if not getattr(model.config, "reward_std", 0) > 0:
-        sandbox.fail(f"{path} has no reward_mean and reward_std; train it with 02_reward_model.py")
+    unit = [getattr(model.config, name, None) for name in ("reward_mean", "reward_std")]
+    if not (all(isinstance(x, (int, float)) and math.isfinite(x) for x in unit) and unit[1] > 0):
+        sandbox.fail(f"{path}: reward_mean and reward_std are {unit}; train it with stage 2")
     return model
 
 

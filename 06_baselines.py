@@ -274,7 +274,7 @@ def main(cfg):
         own = responses[::per_prompt]
         if not on_policy:
             with amp:
-                own, _ = generate(policy, tokenizer, prompts, 1, cfg.temperature, cfg)
+                own, _ = generate(policy, tokenizer, prompts, 1, cfg.temperature, cfg, "sampling")
         rows = [i for i in tasks for _ in range(per_prompt)] + tasks  # problem of each response
         row_problems = [problems[i] for i in rows]
         texts = [sandbox.decode_response(tokenizer, ids) for ids in responses + own]
@@ -285,7 +285,7 @@ def main(cfg):
         truncated = torch.tensor([ids[-1] != tokenizer.eos_token_id for ids in responses + own])
         sequences = [prompt_ids[i] + ids for i, ids in zip(rows, responses + own)]
         with amp:
-            rm_scores = score_responses(reward_model, sequences, cfg.score_batch_size)
+            rm_scores = score_responses(reward_model, sequences, cfg.score_batch_size, "scoring")
         scores = normalised(rm_scores, reward_model) - cfg.truncation_penalty * truncated
 
         # ---- choose: within each prompt the best, the best and the worst, or all
@@ -428,8 +428,9 @@ def load_reward_model(path, tokenizer):
     if other.get_vocab() != tokenizer.get_vocab() or theirs != ours:
         sandbox.fail(f"the tokenizer of {path} is not the policy's; train the RM from this policy")
     model = load_model(AutoModelForSequenceClassification, path, tokenizer)
-    if not getattr(model.config, "reward_std", 0) > 0:
-        sandbox.fail(f"{path} has no reward_mean and reward_std; train it with 02_reward_model.py")
+    unit = [getattr(model.config, name, None) for name in ("reward_mean", "reward_std")]
+    if not (all(isinstance(x, (int, float)) and math.isfinite(x) for x in unit) and unit[1] > 0):
+        sandbox.fail(f"{path}: reward_mean and reward_std are {unit}; train it with stage 2")
     return model
 
 
@@ -463,15 +464,20 @@ def without_adapters(model):
 
 
 def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, LoRA merged in float32; it is complete or absent."""
+    """Save an ordinary Hugging Face folder, LoRA merged in float32, each file whole or not at all.
+
+    What else the folder holds stays.
+    """
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     temporary = Path(f"{directory}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.replace(directory)
+    directory.mkdir(exist_ok=True)
+    for file in temporary.iterdir():
+        shutil.rmtree(directory / file.name, ignore_errors=True)  # a folder cannot be replaced
+        file.replace(directory / file.name)
+    temporary.rmdir()
 
 
 # ----------------------------------------------------------------------------- sample and validate
@@ -601,7 +607,8 @@ def validate(policy, tokenizer, problems, prompts, cfg, amp):
     with amp:
         responses, _ = generate(policy, tokenizer, prompts, 1, 0.0, cfg, "validating")
     texts = [sandbox.decode_response(tokenizer, ids) for ids in responses]
-    results = sandbox.run_tests(problems, texts, timeout=cfg.timeout, workers=cfg.workers)
+    limits = {"timeout": cfg.timeout, "workers": cfg.workers, "progress": "testing"}
+    results = sandbox.run_tests(problems, texts, **limits)
     return sum(result.passed for result in results) / len(results)
 
 

@@ -313,7 +313,7 @@ def main(cfg):
         own = responses[::per_prompt]  # of the policy, one per prompt, for the log
         if not cfg.online:
             with amp:
-                own, _ = generate(policy, tokenizer, prompts, 1, cfg.temperature, cfg)
+                own, _ = generate(policy, tokenizer, prompts, 1, cfg.temperature, cfg, "sampling")
         texts = [sandbox.decode_response(tokenizer, ids) for ids in responses]  # n * K
         own_texts = [sandbox.decode_response(tokenizer, ids) for ids in own]
         written = [sandbox.decode_response(tokenizer, ids) for ids in written]  # n * test_responses
@@ -512,15 +512,20 @@ def without_adapters(model):
 
 
 def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, LoRA merged in float32; it is complete or absent."""
+    """Save an ordinary Hugging Face folder, LoRA merged in float32, each file whole or not at all.
+
+    What else the folder holds stays.
+    """
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     temporary = Path(f"{directory}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.replace(directory)
+    directory.mkdir(exist_ok=True)
+    for file in temporary.iterdir():
+        shutil.rmtree(directory / file.name, ignore_errors=True)  # a folder cannot be replaced
+        file.replace(directory / file.name)
+    temporary.rmdir()
 
 
 # -------------------------------------------------------------------------- generate and validate
@@ -650,7 +655,8 @@ def validate(policy, tokenizer, problems, prompts, cfg, amp):
     with amp:
         responses, _ = generate(policy, tokenizer, prompts, 1, 0.0, cfg, "validating")
     texts = [sandbox.decode_response(tokenizer, ids) for ids in responses]
-    results = sandbox.run_tests(problems, texts, timeout=cfg.timeout, workers=cfg.workers)
+    limits = {"timeout": cfg.timeout, "workers": cfg.workers, "progress": "testing"}
+    results = sandbox.run_tests(problems, texts, **limits)
     return sum(result.passed for result in results) / len(results)
 
 

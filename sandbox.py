@@ -42,6 +42,7 @@ import tempfile
 import textwrap
 import threading
 import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -777,7 +778,7 @@ def fail(message):
     raise SystemExit(2)
 
 
-def read_jsonl(path, fields, unique=()):
+def read_jsonl(path, fields, unique=(), check=None):
     """Read the records of a JSONL file; refuse what cannot be used, with file, line and field.
 
     Blank lines, a BOM, CRLF, extra fields and .gz are accepted.
@@ -786,6 +787,7 @@ def read_jsonl(path, fields, unique=()):
         fields: {name: type or tuple of types}; any other type or no such field is refused,
             except that a field which may be None may also be absent.
         unique: names of fields whose values, taken together, must not repeat.
+        check: called with each record and its place, to refuse it for other reasons.
     Returns: list of dicts, at least one.
     """
     records, seen = [], {}
@@ -796,15 +798,13 @@ def read_jsonl(path, fields, unique=()):
             fail(f"{place}: not JSON ({error}); repair or delete the line")
         if not isinstance(record, dict):
             fail(f"{place}: not a JSON object; repair or delete the line")
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except RecursionError:
-            fail(f"{place}: nested too deep; repair or delete the line")
-        except UnicodeEncodeError:
-            name = next(name for name in record if "\\ud" in json.dumps([name, record[name]]))
-            fail(
-                f"{place}: field '{name}' holds half of a surrogate pair; repair or delete the line"
-            )
+        for item in record.items():
+            try:
+                json.dumps(item, ensure_ascii=False).encode()
+            except RecursionError:
+                fail(f"{place}: nested too deep; repair or delete the line")
+            except UnicodeEncodeError:
+                fail(f"{place}: field {item[0]!a} holds half of a surrogate pair; repair it")
         for name, types in fields.items():
             value = record.setdefault(name, None)
             allowed = types if isinstance(types, tuple) else (types,)
@@ -813,6 +813,8 @@ def read_jsonl(path, fields, unique=()):
         key = tuple(record[name] for name in unique)
         if unique and seen.setdefault(key, place) != place:
             fail(f"{place}: field '{unique[0]}' repeats {key[0]!r} of {seen[key]}")
+        if check:
+            check(record, place)
         records.append(record)
     if not records:
         fail(f"{path} is empty; write at least one record to it")
@@ -821,13 +823,13 @@ def read_jsonl(path, fields, unique=()):
 
 def _lines(path):
     """(place, text) of each line of a UTF-8 file that is not blank."""
-    if not os.path.isfile(path):
+    if os.path.isdir(path) or not os.path.exists(path):
         what = "is a folder" if os.path.isdir(path) else "does not exist"
         fail(f"{path} {what}; a file is needed: run the stage that writes it first (README)")
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         fail(f"{path} cannot be read ({error})")
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -846,20 +848,20 @@ def read_problems(path):
 
     A test is a string of statements, or {"input": ..., "output": ...} if a program reads stdin.
     """
-    fields = {"task_id": str, "prompt": str, "solution": TEXT} | TESTED
-    problems = read_jsonl(path, fields, unique=["task_id"])
-    for problem in problems:
-        check_tests(problem, path)
+
+    def check(problem, place):
+        check_tests(problem, place)
         if not problem["prompt"]:
-            fail(f"{path}, task_id {problem['task_id']!r}: field 'prompt' is empty")
-    return problems
+            fail(f"{place}: field 'prompt' is empty")
+
+    fields = {"task_id": str, "prompt": str, "solution": TEXT} | TESTED
+    return read_jsonl(path, fields, ["task_id"], check)
 
 
-def check_tests(problem, path):
+def check_tests(problem, place):
     """Refuse a problem whose tests cannot be run, and put "" for a prefix or setup of null."""
     problem["prefix"] = problem["prefix"] or ""
     problem["setup"] = problem["setup"] or ""
-    place = f"{path}, task_id {problem['task_id']!r}"
     if not problem["tests"]:
         fail(
             f"{place}: field 'tests' is empty, so nothing could pass; add tests or drop the problem"
@@ -937,9 +939,13 @@ def check_numbers(cfg):
     counts = ("_size", "_every", "_iteration", "_prompt", "_responses", "_tokens")
     shares = ("gamma", "label_noise", "lam", "warmup")
     for name, value in dataclasses.asdict(cfg).items():
-        if not isinstance(value, (int, float)) or name in ("top", "bottom"):
+        if not isinstance(value, (int, float)):
             continue
-        if name in positive or name.endswith(counts):
+        if name in ("top", "bottom"):
+            good, rule = abs(value) < float("inf"), "finite"
+        elif name == "seed":  # it is multiplied by a million, for PyTorch's 64 bits
+            good, rule = 0 <= value < 1 << 32, f"at least 0 and below {1 << 32}"
+        elif name in positive or name.endswith(counts):
             good, rule = 0 < value < float("inf"), "above 0"
         elif name in shares:
             good, rule = 0 <= value <= 1, "from 0 to 1"
@@ -950,11 +956,13 @@ def check_numbers(cfg):
 
 
 def check_model(path, policy=False):
-    """Refuse, before any work, a path without a model; with `policy`, a reward model, too."""
+    """Refuse, before any work, a path without a model; with `policy`, what is no whole policy."""
     from transformers import PreTrainedConfig
 
     ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
-    if ours and not (Path(path) / "config.json").is_file():
+    weights = [*Path(path).glob("model*.safetensors"), *Path(path).glob("pytorch_model*")]
+    whole = (Path(path) / "config.json").is_file() and (weights or not policy)
+    if ours and (not whole or (Path(path) / "adapter_config.json").is_file()):
         fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
     try:
         config, _ = PreTrainedConfig.get_config_dict(path)
@@ -982,7 +990,11 @@ def finished(cfg, directory, resume=False):
     if not complete and not (resumable and resume):
         advice = "add --resume to go on, or " if resumable else ""
         fail(f"{directory} holds no finished run; {advice}delete it or choose another --out")
-    old = json.loads(marks[0 if complete else 1].read_text(encoding="utf-8"))
+    mark = marks[0 if complete else 1]
+    try:
+        old = dict(json.loads(mark.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        fail(f"{mark} is damaged; delete {directory} or choose another --out")
     new = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_FLAGS}
     if not new.keys() <= old.keys():
         fail(f"{directory} is of another stage or version; delete it or choose another --out")
@@ -1056,7 +1068,11 @@ def load_tokenizer(path, plain=False, policy=False):
     from transformers import AutoTokenizer
 
     check_model(path, policy)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        fail(f"no tokenizer at {path}: {reason}")
     if plain:
         tokenizer.chat_template = None
     if tokenizer.chat_template:
@@ -1064,8 +1080,11 @@ def load_tokenizer(path, plain=False, policy=False):
         chat.append({"role": "assistant", "content": "RESPONSE"})
         try:
             text = tokenizer.apply_chat_template(chat, tokenize=False)
-            if "QUESTION" not in text:
-                raise ValueError("it does not show the user's message")
+            prompt = tokenizer.apply_chat_template(
+                chat[:1], tokenize=False, add_generation_prompt=True
+            )
+            if "QUESTION" not in prompt or "RESPONSE" not in text:
+                raise ValueError("it does not show every message")
         except Exception as error:  # templates raise what they like
             fail(f"the chat template of {path} refuses a plain question ({error})")
         behind = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False).input_ids
@@ -1138,9 +1157,8 @@ VERDICT = ("actual_score", "passed_tests", "total_tests", "status", "trust")
 
 def score_file(args):
     """Append each sample with its verdict to the output, behind those of an earlier run."""
-    problems = read_jsonl(args.problems, {"task_id": (str, int)} | TESTED, unique=["task_id"])
-    for problem in problems:
-        check_tests(problem, args.problems)
+    fields = {"task_id": (str, int)} | TESTED
+    problems = read_jsonl(args.problems, fields, ["task_id"], check_tests)
     problems = {problem["task_id"]: problem for problem in problems}
     samples = read_jsonl(args.samples, {"task_id": (str, int), "response": str})
     for number, sample in enumerate(samples, 1):

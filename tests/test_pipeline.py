@@ -323,6 +323,26 @@ def test_a_killed_run_resumes_to_the_same_result(pipeline):
         assert one == other
 
 
+def test_killed_at_its_first_state_it_starts_again(pipeline, ppo, monkeypatch):
+    """All that it had written was in <out>.tmp."""
+    folder = pipeline["folder"]
+
+    def killed(*args, **progress):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "save_config", killed)
+        with pytest.raises(KeyboardInterrupt):
+            small_run(ppo, folder, monkeypatch, out="out/first")
+    assert not (folder / "out/first").exists()
+    metrics, _ = small_run(ppo, folder, monkeypatch, out="out/first", resume=True)
+    unbroken, _ = small_run(ppo, folder, monkeypatch)
+    assert without_seconds(metrics) == without_seconds(unbroken)
+    assert not (folder / "out/first.tmp").exists()
+    names = [{path.name for path in (folder / out).iterdir()} for out in ("out/first", "out/small")]
+    assert names[0] == names[1] and "state.pt" not in names[0]
+
+
 # -------------------------------------------------------------------------------------- bad input
 
 
@@ -335,13 +355,19 @@ def test_a_killed_run_resumes_to_the_same_result(pipeline):
         ({"policy": "no/such_model"}, "no/such_model"),  # a name that the hub does not give
         ({"policy": "out/torn"}, "out/torn"),
         ({"reward_model": "out/sft"}, "reward_std"),
-        ({"reward_model": "out/std_0"}, "reward_std"),
+        ({"reward_model": "out/std_0"}, "reward_std are [0.0, 0.0]"),
+        ({"reward_model": "out/std_inf"}, "reward_std are [0.0, inf]"),
+        ({"reward_model": "out/mean_null"}, "reward_std are [None, 1.0]"),
+        ({"reward_model": "out/adapters"}, "merge LoRA adapters"),
+        ({"policy": "out/no_weights"}, "no model at out/no_weights"),
         ({"reward_model": "out/other_tokens"}, "tokenizer"),
         ({"strategy": "bw", "responses_per_prompt": 1}, "--responses_per_prompt"),
         ({"advantage": "grpo", "responses_per_prompt": 1}, "--responses_per_prompt"),
         ({"max_new_tokens": 10_000}, "context"),
         ({"micro_batch_size": 0}, "--micro_batch_size"),
         ({"lr": -1.0}, "--lr -1.0"),
+        ({"seed": 10**13}, "--seed 10000000000000"),
+        ({"top": float("nan")}, "--top nan"),
         ({"temperature": float("nan")}, "--temperature nan"),
         ({"threads": -1}, "--threads -1"),
         ({"gamma": 1.5}, "--gamma 1.5"),
@@ -357,11 +383,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 ):
     monkeypatch.chdir(pipeline["folder"])
     if not os.path.exists("out/std_0"):
-        for name in ("std_0", "other_tokens"):
+        units = {"std_0": (0.0, 0.0), "std_inf": (0.0, math.inf), "mean_null": (None, 1.0)}
+        for name in (*units, "other_tokens", "adapters"):
             shutil.copytree("out/rm", f"out/{name}")
-        config = json.loads((pipeline["folder"] / "out/std_0/config.json").read_text())
-        config = json.dumps({**config, "reward_std": 0.0})
-        (pipeline["folder"] / "out/std_0/config.json").write_text(config)
+        config = json.loads((pipeline["folder"] / "out/rm/config.json").read_text())
+        for name, (mean, std) in units.items():
+            text = json.dumps({**config, "reward_mean": mean, "reward_std": std})
+            (pipeline["folder"] / f"out/{name}/config.json").write_text(text)
+        (pipeline["folder"] / "out/adapters/adapter_config.json").write_text("{}")
+        shutil.copytree("out/sft", "out/no_weights")
+        os.remove("out/no_weights/model.safetensors")
         tokenizer = AutoTokenizer.from_pretrained("out/rm")
         tokenizer.add_tokens(["<new>"])
         tokenizer.save_pretrained("out/other_tokens")

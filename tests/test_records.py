@@ -47,6 +47,7 @@ def test_what_people_have_is_read(tmp_path, content, zipped):
         (b"[1]\n", "line 1: not a JSON object"),
         (b'{"task_id": "a", "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "line 1"),
         (lines(PROBLEM)[:-2] + b', "note": "\\ud800"}\n', "'note'"),  # half of a surrogate pair
+        (lines({**PROBLEM, "prompt": "☃🐍"})[:-2] + b', "note": "\\udc00"}\n', "'note'"),
         (lines({**PROBLEM, "task_id": None}), "'task_id'"),
         (lines({**PROBLEM, "task_id": True}), "'task_id'"),
         (lines({k: v for k, v in PROBLEM.items() if k != "prompt"}), "'prompt'"),
@@ -74,7 +75,11 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, capsys, content, w
 def test_a_file_that_is_not_there_or_broken_is_refused(tmp_path, capsys):
     broken = tmp_path / "broken.jsonl.gz"
     broken.write_bytes(gzip.compress(lines(PROBLEM) * 1000)[:-20])
-    for path in (tmp_path / "nowhere.jsonl", broken, tmp_path):
+    garbled = tmp_path / "garbled.jsonl.gz"
+    data = bytearray(gzip.compress(lines(PROBLEM) * 1000))
+    data[15:25] = bytes(10)
+    garbled.write_bytes(data)
+    for path in (tmp_path / "nowhere.jsonl", broken, garbled, tmp_path):
         with pytest.raises(SystemExit):
             sandbox.read_problems(path)
         assert str(path) in capsys.readouterr().err

@@ -304,6 +304,28 @@ def test_resumed_it_ends_as_the_unbroken_run_and_samples_once(rm, world, monkeyp
     assert "o is finished" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mark", ["state_config.json", "stage_config.json"])
+def test_killed_while_it_saves_it_can_be_called_again(rm, world, monkeypatch, mark):
+    rm.main(config(rm, out="unbroken"))
+    save_config = sandbox.save_config
+
+    def killed(cfg, directory, name="stage_config.json"):
+        if name == mark:
+            raise KeyboardInterrupt
+        save_config(cfg, directory, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "save_config", killed)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                rm.main(config(rm, resume=True))
+    rm.main(config(rm, resume=True))
+    names = [{path.name for path in Path(out).iterdir()} for out in ("o", "unbroken")]
+    assert names[0] == names[1] and "state.pt" not in names[0]
+    for name in names[0] - {"stage_config.json"}:
+        assert Path("o", name).read_bytes() == Path("unbroken", name).read_bytes(), name
+
+
 def test_micro_batches_change_nothing(rm, world):
     for out, size in (("whole", 8), ("parts", 3)):
         rm.main(config(rm, out=out, micro_batch_size=size))

@@ -175,6 +175,27 @@ def test_resumed_it_ends_as_the_unbroken_run(train, sft, base, monkeypatch, caps
     assert weights("killed") == weights("unbroken")
 
 
+@pytest.mark.parametrize("mark", ["state_config.json", "stage_config.json"])
+def test_killed_while_it_saves_it_can_be_called_again(train, sft, monkeypatch, mark):
+    """At the first state, and at the end, before the folder is marked as complete."""
+    metrics, save_config = train("unbroken"), sandbox.save_config
+
+    def killed(cfg, directory, name="stage_config.json"):
+        if name == mark:
+            raise KeyboardInterrupt
+        save_config(cfg, directory, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "save_config", killed)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                train("killed", resume=True)
+    assert train("killed", resume=True) == metrics
+    assert weights("killed") == weights("unbroken")
+    names = [{path.name for path in Path(out).iterdir()} for out in ("killed", "unbroken")]
+    assert names[0] == names[1] and "state.pt" not in names[0]
+
+
 def test_a_state_that_cannot_be_written_leaves_the_one_before(train, monkeypatch):
     save = torch.save
 

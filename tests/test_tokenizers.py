@@ -336,6 +336,9 @@ def test_a_template_that_writes_the_date_gives_the_same_prompt_on_any_day(sft, p
     "template, words",
     [
         ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "does not show"),
+        (f"{{% if messages[1] is defined %}}{CHAT}{{% endif %}}", "does not show"),
+        (CHAT.replace("messages", "messages[:1]"), "does not show"),
+        ("{{ messages[0]['content'] }}{{ messages[1]['content'] + '' }}", "refuses"),
         ("{{ raise_exception('a system message comes first') }}", "a system message"),
         ("{{ messages[0]['content'] }}{{ messages['name'] + 1 }}", "refuses"),
     ],
