@@ -60,12 +60,11 @@ def test_filters_are_compared_over_shared_seeds_and_paired():
     records += [record("grpo_bw", 0, 0.5), record("bw", 0, 0.5, "tests")]
     text = tables.comparison([("mine", records, "main", ""), ("grpo", records, "main", "grpo_")])
     greedy, sampled = cells(text, "mine")
-    # none, random2, br, bw, bon, then br − random2, bw − random2, bw − none; differences 2 and 4
-    # points: 3 ± 12.706
-    row = ["", "75.0 ± 63.5", "", "78.0 ± 76.2", "", "", "+3.0 ± 12.7", ""]
-    assert greedy == ["greedy", "2", *row]
-    assert sampled[:2] == ["sampled", "2"] and sampled[-2] == "-3.0 ± 12.7"
-    assert cells(text, "grpo")[0] == ["greedy", "1", "", "", "", "50.0", "", "", "", ""]
+    # Differences of 2 and 4 points: 3 ± 12.706. Filters that have run nowhere have no column.
+    assert "| random2 | bw | bw − random2 |" in text
+    assert greedy == ["greedy", "2", "75.0 ± 63.5", "78.0 ± 76.2", "+3.0 ± 12.7"]
+    assert sampled[:2] == ["sampled", "2"] and sampled[-1] == "-3.0 ± 12.7"
+    assert cells(text, "grpo")[0] == ["greedy", "1", "", "50.0", ""]
 
 
 def test_prediction_ranks_the_filters_of_a_setting():
@@ -79,6 +78,9 @@ def test_prediction_ranks_the_filters_of_a_setting():
     assert row[:3] == ["0.800", "0.00 / -1.00", "0.10 / -0.90"]
     assert row[-4:] == ["+1.00", "+1.00", "-1.00", "-1.00"] == cells(text, "mean")[0][-4:]
     assert not cells(text, "high")
+    few = [r for r in settings[0][1] if r["method"] in ("random2", "br", "bw", "r2")]
+    text = tables.prediction_table([("low", few, "profile_low", "")])
+    assert len(cells(text, "low")[0]) == 4 and "Spearman" not in text  # ranks of three
 
 
 def test_show_writes_tables_and_figures_of_whole_pipelines_and_of_pipeline_0(tmp_path, monkeypatch):
