@@ -239,8 +239,6 @@ def main(cfg):
     save_model(model, tokenizer, out)
     sandbox.write_jsonl(out / "metrics.jsonl", metrics)
     sandbox.save_config(cfg, out)
-    for file in out.glob("state*"):
-        file.unlink()
     print(f"saved {out} after {time.time() - started:.0f} s")
 
 

@@ -282,8 +282,6 @@ def main(cfg):
     sandbox.write_jsonl(out / "pairs.jsonl", map(pair_record, pairs))
     (out / "accuracy.json").write_text(json.dumps(accuracy, indent=2) + "\n", encoding="utf-8")
     sandbox.save_config(cfg, out)
-    for file in out.glob("state*"):
-        file.unlink()
     print(f"saved {out} after {time.time() - started:.0f} s")
 
 

@@ -499,8 +499,6 @@ def main(cfg):
     save_model(policy, tokenizer, out / "last")
     sandbox.plot_curves(metrics, out / "curves.png", PANELS)
     sandbox.save_config(cfg, out)
-    for file in out.glob("state*"):
-        file.unlink()
     print(f"saved {out}: best validation pass@1 {best:.3f}, {time.time() - started:.0f} s")
 
 

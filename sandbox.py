@@ -1005,16 +1005,26 @@ def finished(cfg, directory, resume=False):
             "delete it or choose another --out"
         )
     if complete:
+        drop_state(directory)
         print(f"{directory} is finished; delete it to run this stage again")
     return complete
 
 
+def drop_state(directory):
+    """Delete what --resume goes on from: of no use when the stage is finished."""
+    names = ("samples.jsonl", "validation_samples.jsonl", "config.json")
+    for name in ("state.pt", "state.tmp", *(f"state_{name}" for name in names)):
+        (directory / name).unlink(missing_ok=True)
+
+
 def save_config(cfg, directory, name="stage_config.json"):
-    """Save the settings beside the output, as the mark that it is complete."""
+    """Save the settings beside the output: as a rule the mark that it is complete."""
     text = json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
     temporary = Path(directory) / "stage_config.tmp"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(Path(directory) / name)
+    if name == "stage_config.json":
+        drop_state(Path(directory))
 
 
 def sample_record(problem, response, result, **others):
