@@ -295,7 +295,8 @@ def load_model(model_class, path, tokenizer, **options):
     """
     config = AutoConfig.from_pretrained(path, **options)
     config.update({name: 0.0 for name in config.to_dict() if "drop" in name})
-    model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
+    with sandbox.one_line_error(f"no model at {path}"):
+        model = model_class.from_pretrained(path, config=config, dtype=torch.float32)
     rows = model.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):  # drawn by transformers, the row would differ from load to load
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

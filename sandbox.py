@@ -955,20 +955,28 @@ def check_numbers(cfg):
             fail(f"--{name} {value}: it must be {rule}")
 
 
+@contextlib.contextmanager
+def one_line_error(what):
+    """Refuse what transformers cannot load, with the first line of its reason."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        fail(f"{what}: {reason}")
+
+
 def check_model(path, policy=False):
-    """Refuse, before any work, a path without a model; with `policy`, what is no whole policy."""
+    """Refuse, before any work, a path without a model; with `policy`, a reward model, too."""
     from transformers import PreTrainedConfig
 
     ours = Path(path).exists() or str(path).startswith(("/", ".", "out/"))  # no name on the hub
-    weights = [*Path(path).glob("model*.safetensors"), *Path(path).glob("pytorch_model*")]
-    whole = (Path(path) / "config.json").is_file() and (weights or not policy)
+    whole = (Path(path) / "config.json").is_file()
     if ours and (not whole or (Path(path) / "adapter_config.json").is_file()):
         fail(f"no model at {path}: run its stage first, or merge LoRA adapters")
-    try:
+    with one_line_error(f"no model at {path}"):
         config, _ = PreTrainedConfig.get_config_dict(path)
-    except OSError as error:
-        reason = str(error).partition("\n")[0]
-        fail(f"no model at {path}: {reason}")
     if policy and "ForSequenceClassification" in str(config.get("architectures")):
         fail(f"{path} is a reward model, where a policy is needed")
 
@@ -1078,11 +1086,8 @@ def load_tokenizer(path, plain=False, policy=False):
     from transformers import AutoTokenizer
 
     check_model(path, policy)
-    try:
+    with one_line_error(f"no tokenizer at {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        fail(f"no tokenizer at {path}: {reason}")
     if plain:
         tokenizer.chat_template = None
     if tokenizer.chat_template:

@@ -360,6 +360,7 @@ def test_killed_at_its_first_state_it_starts_again(pipeline, ppo, monkeypatch):
         ({"reward_model": "out/mean_null"}, "reward_std are [None, 1.0]"),
         ({"reward_model": "out/adapters"}, "merge LoRA adapters"),
         ({"policy": "out/no_weights"}, "no model at out/no_weights"),
+        ({"policy": "out/cut"}, "no model at out/cut"),
         ({"reward_model": "out/other_tokens"}, "tokenizer"),
         ({"strategy": "bw", "responses_per_prompt": 1}, "--responses_per_prompt"),
         ({"advantage": "grpo", "responses_per_prompt": 1}, "--responses_per_prompt"),
@@ -391,8 +392,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
             text = json.dumps({**config, "reward_mean": mean, "reward_std": std})
             (pipeline["folder"] / f"out/{name}/config.json").write_text(text)
         (pipeline["folder"] / "out/adapters/adapter_config.json").write_text("{}")
-        shutil.copytree("out/sft", "out/no_weights")
+        for name in ("no_weights", "cut"):
+            shutil.copytree("out/sft", f"out/{name}")
         os.remove("out/no_weights/model.safetensors")
+        os.truncate("out/cut/model.safetensors", 1000)
         tokenizer = AutoTokenizer.from_pretrained("out/rm")
         tokenizer.add_tokens(["<new>"])
         tokenizer.save_pretrained("out/other_tokens")

@@ -220,7 +220,6 @@ def time_iterations(folder, policy, reward_model, problems, cfg):
 
     with (
         mock.patch.multiple(ppo, load_model=load, save_model=mock.DEFAULT, save_state=save_state),
-        mock.patch.object(sandbox, "check_model"),  # it wants weights
         contextlib.redirect_stdout(sys.stderr),
     ):
         ppo.main(ppo.Config(**own))
