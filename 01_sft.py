@@ -254,9 +254,7 @@ def load_state(out, parts):
 
 
 def save_state(cfg, out, parts, **progress):
-    """Write state.pt, from which --resume goes on: how far the run is, and all that learns.
-
-    Until the first state is written the folder is called <out>.tmp.
+    """Write state.pt, from which --resume goes on; with the first one <out>.tmp becomes <out>.
 
     Args: parts: {name: model, optimizer or scheduler}.
     """
@@ -321,10 +319,7 @@ def add_adapters(model, rank, task_type):
 
 
 def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, LoRA merged in float32, each file whole or not at all.
-
-    What else the folder holds stays.
-    """
+    """Save an ordinary Hugging Face folder, LoRA merged in float32; no file is half written."""
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     temporary = Path(f"{directory}.tmp")

@@ -45,20 +45,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import sandbox
 
-Strategy = Literal[
-    "none",
-    "single",
-    "random2",
-    "bon",
-    "br",
-    "bw",
-    "top",
-    "top_random",
-    "top_bottom",
-    "pow_1",
-    "pow_2",
-    "pow_3",
-]
+ByRank = Literal["none", "single", "random2", "bon", "br", "bw"]
+Strategy = Literal[ByRank, "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3"]
 
 # Under over-optimisation the score rises and the pass rate falls.
 PANELS = {
@@ -527,9 +515,7 @@ def rollout_shape(cfg):
 
 
 def save_state(cfg, out, parts, **progress):
-    """Write state.pt, from which --resume goes on: how far the run is, and all that learns.
-
-    Until the first state is written the folder is called <out>.tmp.
+    """Write state.pt, from which --resume goes on; with the first one <out>.tmp becomes <out>.
 
     Args: parts: {name: model, optimizer or scheduler}.
     """
@@ -655,10 +641,7 @@ def without_adapters(model):
 
 
 def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, LoRA merged in float32, each file whole or not at all.
-
-    What else the folder holds stays.
-    """
+    """Save an ordinary Hugging Face folder, LoRA merged in float32; no file is half written."""
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     temporary = Path(f"{directory}.tmp")
@@ -692,9 +675,8 @@ def prompts_of_iteration(count, per_iteration, iteration, seed):
 def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None):
     """Sample responses with PyTorch's global random numbers.
 
-    Faster than `model.generate` for four reasons: a prompt is computed once for all of its
-    responses, prompts of similar length share a batch, finished rows leave it, and the cache is not
-    copied for each token.
+    Faster than `model.generate`: a prompt is computed once for all of its responses, prompts of
+    similar length share a batch, finished rows leave it, and no token copies the cache.
 
     Args:
         prompts: list of token id lists; repeats: responses to each.
@@ -883,9 +865,7 @@ def score_responses(reward_model, sequences, batch_size, progress=None):
         for start in range(0, len(unique), batch_size):
             part = unique[start : start + batch_size]
             batch = make_batch([[]] * len(part), part)
-            inputs = (
-                batch[name].to(reward_model.device) for name in ("input_ids", "attention_mask")
-            )
+            inputs = [batch[k].to(reward_model.device) for k in ("input_ids", "attention_mask")]
             for ids, row in zip(part, token_scores(reward_model, *inputs).tolist()):
                 scores[ids] = row[len(ids) - 1]
             bar.update(len(part))

@@ -306,9 +306,8 @@ def respond(policy, tokenizer, prompts, cfg, amp, label):
 def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None):
     """Sample responses with PyTorch's global random numbers.
 
-    Faster than `model.generate` for four reasons: a prompt is computed once for all of its
-    responses, prompts of similar length share a batch, finished rows leave it, and the cache is not
-    copied for each token.
+    Faster than `model.generate`: a prompt is computed once for all of its responses, prompts of
+    similar length share a batch, finished rows leave it, and no token copies the cache.
 
     Args:
         prompts: list of token id lists; repeats: responses to each.
@@ -453,9 +452,7 @@ def score_responses(reward_model, sequences, batch_size, progress=None):
         for start in range(0, len(unique), batch_size):
             part = unique[start : start + batch_size]
             batch = make_batch([[]] * len(part), part)
-            inputs = (
-                batch[name].to(reward_model.device) for name in ("input_ids", "attention_mask")
-            )
+            inputs = [batch[k].to(reward_model.device) for k in ("input_ids", "attention_mask")]
             for ids, row in zip(part, token_scores(reward_model, *inputs).tolist()):
                 scores[ids] = row[len(ids) - 1]
             bar.update(len(part))

@@ -513,10 +513,7 @@ def without_adapters(model):
 
 
 def save_model(model, tokenizer, directory):
-    """Save an ordinary Hugging Face folder, LoRA merged in float32, each file whole or not at all.
-
-    What else the folder holds stays.
-    """
+    """Save an ordinary Hugging Face folder, LoRA merged in float32; no file is half written."""
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     temporary = Path(f"{directory}.tmp")
@@ -550,9 +547,8 @@ def prompts_of_iteration(count, per_iteration, iteration, seed):
 def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None):
     """Sample responses with PyTorch's global random numbers.
 
-    Faster than `model.generate` for four reasons: a prompt is computed once for all of its
-    responses, prompts of similar length share a batch, finished rows leave it, and the cache is not
-    copied for each token.
+    Faster than `model.generate`: a prompt is computed once for all of its responses, prompts of
+    similar length share a batch, finished rows leave it, and no token copies the cache.
 
     Args:
         prompts: list of token id lists; repeats: responses to each.

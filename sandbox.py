@@ -852,7 +852,7 @@ def read_problems(path):
     def check(problem, place):
         check_tests(problem, place)
         if not problem["prompt"]:
-            fail(f"{place}: field 'prompt' is empty")
+            fail(f"{place}, task_id {problem['task_id']!r}: field 'prompt' is empty")
 
     fields = {"task_id": str, "prompt": str, "solution": TEXT} | TESTED
     return read_jsonl(path, fields, ["task_id"], check)
@@ -860,6 +860,7 @@ def read_problems(path):
 
 def check_tests(problem, place):
     """Refuse a problem whose tests cannot be run, and put "" for a prefix or setup of null."""
+    place = f"{place}, task_id {problem['task_id']!r}"
     problem["prefix"] = problem["prefix"] or ""
     problem["setup"] = problem["setup"] or ""
     if not problem["tests"]:

@@ -58,7 +58,7 @@ def test_what_people_have_is_read(tmp_path, content, zipped):
         (with_tests([]), "'tests'"),
         (with_tests(""), "'tests'"),
         (with_tests([" \n"]), "'tests'"),
-        (with_tests([3]), "'tests'"),
+        (with_tests([3]), "line 1, task_id 'a': field 'tests'"),
         (with_tests([{"input": "1"}]), "'tests'"),
     ],
 )
