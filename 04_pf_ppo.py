@@ -720,7 +720,7 @@ class RoomyLayer(DynamicLayer):
             return super().update(keys, values)
         if self.room is None or len(self.room[0]) != len(keys) or self.room[0].shape[2] < end:
             pad = torch.nn.functional.pad
-            self.room = [pad(x, (0, 0, 0, 64)) for x in (self.keys, self.values)]
+            self.room = [pad(x, (0, 0, 0, 8)) for x in (self.keys, self.values)]  # gaps cost, too
         self.room[0][:, :, start:end], self.room[1][:, :, start:end] = keys, values
         self.keys, self.values = (x[:, :, :end] for x in self.room)
         return self.keys, self.values
