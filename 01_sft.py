@@ -192,6 +192,8 @@ def main(cfg):
         state = load_state(out, parts)
         done, metrics = state["step"], state["metrics"]
         print(f"resuming {out} after step {done} of {steps}")
+    else:
+        shutil.rmtree(f"{out}.tmp", ignore_errors=True)  # of a run that was killed
 
     # ---- train
     pad_id = tokenizer.pad_token_id

@@ -45,6 +45,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import sandbox
 
+# Those by rank read nothing of a reward but its place among the prompt's.
 ByRank = Literal["none", "single", "random2", "bon", "br", "bw"]
 Strategy = Literal[ByRank, "top", "top_random", "top_bottom", "pow_1", "pow_2", "pow_3"]
 
@@ -676,7 +677,7 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     """Sample responses with PyTorch's global random numbers.
 
     Faster than `model.generate`: a prompt is computed once for all of its responses, prompts of
-    similar length share a batch, finished rows leave it, and no token copies the cache.
+    similar length share a batch, finished rows leave it, and the cache is seldom copied.
 
     Args:
         prompts: list of token id lists; repeats: responses to each.

@@ -548,7 +548,7 @@ def generate(model, tokenizer, prompts, repeats, temperature, cfg, progress=None
     """Sample responses with PyTorch's global random numbers.
 
     Faster than `model.generate`: a prompt is computed once for all of its responses, prompts of
-    similar length share a batch, finished rows leave it, and no token copies the cache.
+    similar length share a batch, finished rows leave it, and the cache is seldom copied.
 
     Args:
         prompts: list of token id lists; repeats: responses to each.

@@ -96,6 +96,28 @@ def pipeline(tmp_path_factory):
     return outputs
 
 
+@pytest.fixture
+def killed_at(monkeypatch):
+    """A function: call(), killed where it writes this mark of its output, `times` times."""
+    import sandbox
+
+    def killed_at(mark, call, times=1):
+        save_config = sandbox.save_config
+
+        def killed(cfg, directory, name="stage_config.json"):
+            if name == mark:
+                raise KeyboardInterrupt
+            save_config(cfg, directory, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sandbox, "save_config", killed)
+            for _ in range(times):
+                with pytest.raises(KeyboardInterrupt):
+                    call()
+
+    return killed_at
+
+
 def tiny_config(kind):
     """Small configs; GPT-2 has absolute positions, so that left padding shows."""
     from transformers import GPT2Config, LlamaConfig, Qwen2Config

@@ -323,17 +323,10 @@ def test_a_killed_run_resumes_to_the_same_result(pipeline):
         assert one == other
 
 
-def test_killed_at_its_first_state_it_starts_again(pipeline, ppo, monkeypatch):
+def test_killed_at_its_first_state_it_starts_again(pipeline, ppo, monkeypatch, killed_at):
     """All that it had written was in <out>.tmp."""
     folder = pipeline["folder"]
-
-    def killed(*args, **progress):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sandbox, "save_config", killed)
-        with pytest.raises(KeyboardInterrupt):
-            small_run(ppo, folder, monkeypatch, out="out/first")
+    killed_at("state_config.json", lambda: small_run(ppo, folder, monkeypatch, out="out/first"))
     assert not (folder / "out/first").exists()
     metrics, _ = small_run(ppo, folder, monkeypatch, out="out/first", resume=True)
     unbroken, _ = small_run(ppo, folder, monkeypatch)

@@ -305,20 +305,9 @@ def test_resumed_it_ends_as_the_unbroken_run_and_samples_once(rm, world, monkeyp
 
 
 @pytest.mark.parametrize("mark", ["state_config.json", "stage_config.json"])
-def test_killed_while_it_saves_it_can_be_called_again(rm, world, monkeypatch, mark):
+def test_killed_while_it_saves_it_can_be_called_again(rm, world, killed_at, mark):
     rm.main(config(rm, out="unbroken"))
-    save_config = sandbox.save_config
-
-    def killed(cfg, directory, name="stage_config.json"):
-        if name == mark:
-            raise KeyboardInterrupt
-        save_config(cfg, directory, name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sandbox, "save_config", killed)
-        for _ in range(2):
-            with pytest.raises(KeyboardInterrupt):
-                rm.main(config(rm, resume=True))
+    killed_at(mark, lambda: rm.main(config(rm, resume=True)), times=2)
     rm.main(config(rm, resume=True))
     names = [{path.name for path in Path(out).iterdir()} for out in ("o", "unbroken")]
     assert names[0] == names[1] and "state.pt" not in names[0]

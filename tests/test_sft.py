@@ -176,20 +176,12 @@ def test_resumed_it_ends_as_the_unbroken_run(train, sft, base, monkeypatch, caps
 
 
 @pytest.mark.parametrize("mark", ["state_config.json", "stage_config.json"])
-def test_killed_while_it_saves_it_can_be_called_again(train, sft, monkeypatch, mark):
+def test_killed_while_it_saves_it_can_be_called_again(train, killed_at, mark):
     """At the first state, and at the end, before the folder is marked as complete."""
-    metrics, save_config = train("unbroken"), sandbox.save_config
-
-    def killed(cfg, directory, name="stage_config.json"):
-        if name == mark:
-            raise KeyboardInterrupt
-        save_config(cfg, directory, name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sandbox, "save_config", killed)
-        for _ in range(2):
-            with pytest.raises(KeyboardInterrupt):
-                train("killed", resume=True)
+    metrics = train("unbroken")
+    Path("killed.tmp").mkdir()
+    Path("killed.tmp/dust").touch()  # of an older call
+    killed_at(mark, lambda: train("killed", resume=True), times=2)
     assert train("killed", resume=True) == metrics
     assert weights("killed") == weights("unbroken")
     names = [{path.name for path in Path(out).iterdir()} for out in ("killed", "unbroken")]

@@ -67,6 +67,17 @@ def test_filters_are_compared_over_shared_seeds_and_paired():
     assert cells(text, "grpo")[0] == ["greedy", "1", "", "50.0", ""]
 
 
+def test_the_end_of_training_is_the_mean_of_three_iterations_and_of_the_seeds():
+    """An iteration 0 has a validation alone."""
+    curves = {"score": [None, 9, 1, 2, 3], "kl_per_response": [None, 9, 0, 0, 0.3]}
+    curves["pass_rate"] = [None, 9, 0.1, 0.2, 0.3]
+    other = {name: [9, *(x + 1 for x in values[2:])] for name, values in curves.items()}
+    records = [record("bw", s, 0.5) | {"curves": c} for s, c in enumerate((curves, other))]
+    text = tables.rollout_table([("mine", records, "main", "")])
+    assert "| score / pass rate / KL at the end | bw |" in text
+    assert cells(text, "mine") == [["2.50 / 0.70 / 0.60"]]
+
+
 def test_prediction_ranks_the_filters_of_a_setting():
     """Greedy scores rise with R2, and so sampled ones (1 - greedy) fall."""
     r2 = {m: 0.1 * k for k, m in enumerate(tables.FILTERS)}

@@ -241,7 +241,6 @@ def carry_out(run):
     record = {name: run[name] for name in ("name", "group", "method", "pipeline", "seed")}
     record |= summary(out)
     shutil.rmtree(out / "best", ignore_errors=True)  # tens of MB per run that nothing reads
-    (out / "state.pt").unlink(missing_ok=True)
     return record
 
 
@@ -440,6 +439,21 @@ def comparison(settings):
     return markdown(head, rows)
 
 
+def rollout_table(settings):
+    """What the last three iterations' rollouts are like, mean over seeds."""
+    names = ("score", "pass_rate", "kl_per_response")
+    rows = []
+    for label, records, group, prefix in settings:
+        cells = []
+        for m in FILTERS:
+            runs = select(records, group, prefix + m).values()
+            curves = [run["curves"] for run in runs if "curves" in run]
+            means = [np.mean([c[name][-3:] for c in curves]) for name in names if curves]
+            cells.append(" / ".join(f"{mean:.2f}" for mean in means))
+        rows.append([label, *cells])
+    return markdown(["score / pass rate / KL at the end", *FILTERS], rows)
+
+
 def predictions(settings, methods=FILTERS):
     """(label, pair accuracy, R2 of the SFT policy {view: {filter}}, mean pass@1 {kind: {filter}})
     of each setting, for the filters that have run.
@@ -617,7 +631,7 @@ def show(records):
 
     parts = {"Whole pipelines": f"{method_table(whole)}\n{prediction_table(pipelines)}"}
     for name, rows in settings.items():
-        parts[f"By {name}"] = comparison(rows)
+        parts[f"By {name}"] = f"{comparison(rows)}\n{rollout_table(rows)}"
         if name in predicted:
             parts[f"By {name}"] += f"\n{prediction_table(rows)}"
     parts["Table 1: R² along training, whole pipelines, three iterations each"] = table_1(whole)
