@@ -96,6 +96,8 @@ def pack(x, other, depth=0):
         return x
     if depth > MAX_DEPTH:
         raise ValueError("nested too deep")
+    if kind is list:
+        return [pack(value, other, depth + 1) for value in x]
 
     def parts(values):
         return [pack(value, other, depth + 1) for value in values]
@@ -202,6 +204,17 @@ def message(data):
     return line
 
 
+def take(fd, size):
+    """The next `size` bytes; EOFError when the other side has gone."""
+    data = read(fd, size)
+    while len(data) < size:
+        part = read(fd, size - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return data
+
+
 class Line:
     """One end of a socket. It ends with its process."""
 
@@ -212,30 +225,22 @@ class Line:
         while data:
             data = data[write(self.fd, data) :]
 
-    def fill(self):
-        part = read(self.fd, 1 << 16)
-        if not part:
-            raise EOFError
-        self.data += part
+    def say(self, data):
+        self.send(message(data))
 
-    def take(self, size):
-        """The next `size` bytes; EOFError when the other side has gone."""
-        while len(self.data) < size:
-            self.fill()
-        data = self.data[:size]
-        del self.data[:size]
-        return data
-
-    def receive(self):
-        """The next message; EOFError also when the other side talks nonsense."""
-        seen = 0
-        while (end := self.data.find(b"\n", seen)) < 0:
-            seen = len(self.data)
-            if seen > MAX_MESSAGE:
+    def receive(self, most=MAX_MESSAGE):
+        """The next message; EOFError when the other side has gone or talks nonsense."""
+        data, seen = self.data, 0
+        while (end := data.find(b"\n", seen)) < 0:
+            seen = len(data)
+            part = read(self.fd, 1 << 12)
+            if not part or seen > most:
                 raise EOFError
-            self.fill()
+            data += part
+        line = data[:end]
+        del data[: end + 1]
         try:
-            return scan(self.take(end + 1).decode("utf-8", "surrogatepass"), 0)[0]
+            return scan(line.decode("utf-8", "surrogatepass"), 0)[0]
         except (ValueError, RecursionError, StopIteration):
             raise EOFError from None
 
@@ -249,7 +254,6 @@ def make_module(code, name="solution"):
     module.__file__ = "solution.py"
     module.__loader__ = SimpleNamespace(get_source=lambda name: code)
     sys.modules["solution"] = sys.modules["__main__"] = module
-    builtins.exit = builtins.quit = sys.exit  # as in any interpreter
     return module
 
 
@@ -302,20 +306,24 @@ ACTIONS |= {
 
 
 def answer(size, line):
-    """All of U: take the code from J, run it, then answer requests until J hangs up."""
+    """All of U: take the code, run it, then answer J's requests until it hangs up."""
     judge = Line(line)
-    code = marshal.loads(judge.take(int.from_bytes(judge.take(8), "little")))
+    code = judge.receive(1 << 62)
     module = make_module(code)
     flush = sys.stdout.flush
     failure = load(code, module)
     flush()
-    judge.send(message([0, failure]))
+    judge.say([0, failure])
     if not failure:
         Answers(module).serve(judge, flush)
 
 
 CHANGEABLE = (list, dict, set, bytearray, collections.deque)  # that can change
 MOST_KEPT, MOST_BYTES = 16, 1 << 14  # what each reply looks at again
+
+
+def is_handle(sent):
+    return type(sent) is dict and "h" in sent
 
 
 class Answers:
@@ -361,18 +369,17 @@ class Answers:
         this container, if it does; and what became of those that it kept before.
         """
         real = unpack(args, self.find)
-        named = {k: unpack(v, self.find) for k, v in kwargs.items()}
+        named = {k: unpack(v, self.find) for k, v in kwargs.items()} if kwargs else {}
         value = ACTIONS[action](*real, **named)
         shared = isinstance(value, CHANGEABLE) and sys.getrefcount(value) > 2  # our name, its own
         packed = pack(value, self.keep)
         changes = self.changes() if self.kept else {}
         number = self.number_of(value, packed) if shared else None
-        now = [args, kwargs]
-        if named or not ATOMS.issuperset(map(type, real)):
-            now = [pack(real, self.keep), {k: pack(v, self.keep) for k, v in named.items()}]
-        if now == [args, kwargs] and number is None and not changes:
+        now = [sent if is_handle(sent) else pack(x, self.keep) for sent, x in zip(args, real)]
+        now_named = {k: pack(v, self.keep) for k, v in named.items()} if named else {}
+        if now == args and now_named == kwargs and number is None and not changes:
             return [packed]
-        return [packed, *now, number, changes]
+        return [packed, now, now_named, number, changes]
 
     def number_of(self, value, packed):
         """A number for a container that somebody beside this request refers to, None if large."""
@@ -474,15 +481,16 @@ class Remote:
         """Let U do it. Returns the value, or raises what U raised."""
         if self.over:
             raise self.over
-        if action in CHANGES:
+        if self.lengths and action in CHANGES:
             asked = [x._key for x in args if isinstance(x, Proxy)]
             for key, (_, kind) in list(self.lengths.items()):
                 if kind is UnderTest or key in asked:
                     del self.lengths[key]
                     self.yielded.discard(key)
-        sent = [pack(list(args), self.refuse), {k: pack(v, self.refuse) for k, v in kwargs.items()}]
+        sent = [{"h": x._key} if isinstance(x, Proxy) else pack(x, self.refuse) for x in args]
+        named = {k: pack(v, self.refuse) for k, v in kwargs.items()} if kwargs else {}
         self.number += 1
-        request = message([self.number, action, *sent])
+        request = message([self.number, action, sent, named])
         try:
             self.line.send(request)
         except OSError:
@@ -715,18 +723,18 @@ class Names(dict):
         return self.remote.ask("read", Proxy(self.remote, "g:" + name))
 
 
-def environment(plan, remote):
+def environment(remote, called, read, hidden, library):
     """The tests' names: the library's and the candidate's; its missing `sum` is not the builtin."""
     env = {"__name__": "tests", "run_case": run_case}
-    if plan["read"]:
+    if read:
         env = Names(env)
-        env.remote, env.read = remote, plan["read"]
-    if plan["hidden"]:
+        env.remote, env.read = remote, read
+    if hidden:
         known = vars(builtins).items()
-        env["__builtins__"] = {name: x for name, x in known if name not in plan["hidden"]}
-    for name in plan["called"]:
+        env["__builtins__"] = {name: x for name, x in known if name not in hidden}
+    for name in called:
         env[name] = remote.named(name)
-    for name, module in plan["library"]:
+    for name, module in library:
         with contextlib.suppress(ImportError):
             env[name] = getattr(__import__(module), name) if name in LIBRARY else __import__(module)
     return env
@@ -757,7 +765,8 @@ LIBRARY |= dict.fromkeys(CONTAINERS, "collections")
 def plan(setup, tests, entry_point):
     """What these tests are and need, from their text alone. The caller keeps it for other programs.
 
-    Returns: dict of what J needs, and `why`: why they need one process, or "".
+    Returns: why they need one process, or ""; and what J needs: the compiled tests, a seed for
+    their random numbers or "", methods that they only call, and the names for `environment`.
     Raises ValueError or SyntaxError where the tests cannot be run or test nothing.
     """
     with warnings.catch_warnings(action="ignore"):
@@ -785,17 +794,12 @@ def plan(setup, tests, entry_point):
     why = why_one_process(nodes, names | {"candidate"}, names - called)
     if not names and "solution" not in why:
         raise ValueError("the tests ask nothing of the candidate")
-    return {
-        "codes": marshal.dumps(codes),
-        "seed": repr((setup, tests)),
-        "called": sorted(called),
-        "read": sorted(names - called),
-        "hidden": sorted(names & vars(builtins).keys()),
-        "library": sorted((n, LIBRARY.get(n) or {"np": "numpy"}.get(n, n)) for n in library),
-        "methods": {node.attr for node in attributes} - read,  # only ever called
-        "random": any("random" in source for source in (setup, *tests)),
-        "why": why,
-    }
+    seed = repr((setup, tests)) if any("random" in source for source in (setup, *tests)) else ""
+    hidden = sorted(names & vars(builtins).keys())
+    library = sorted((n, LIBRARY.get(n) or {"np": "numpy"}.get(n, n)) for n in library)
+    methods = {node.attr for node in attributes} - read  # only ever called
+    names = sorted(called), sorted(names - called), hidden, library
+    return why, (marshal.dumps(codes), seed, methods, *names)
 
 
 def first_name(entry_point):
@@ -1216,60 +1220,56 @@ def run_tests(
         said_first = said_first or bool(found)
 
 
-def seed_random(job):
+def seed_random(seed):
     """The same tests, the same label; and the candidate does not know the tests."""
-    if job["random"]:
-        import random
+    import random
 
-        random.seed(job["seed"])
+    random.seed(seed)
 
 
 def judge(size, line, link):
-    """All of J: take the job from the caller, hand the code on to U, run the tests.
+    """All of J: take the job from the caller, hand on to U what is left of the code, run the tests.
 
     It says a line for each test: 1, [status, error] of the first that fails, 0 of others.
     Then the number of requests, and the token that shows that all has been said.
     """
     caller, candidate = Line(line), Line(link)
-    job = marshal.loads(caller.take(size))
-    code = marshal.dumps(job["code"])
-    remote = Remote(candidate, job["methods"])
-
-    def say(found):
-        caller.send(message(found))
-
+    code, token, codes, seed, methods, *names = marshal.loads(take(line, size))
+    remote, say = Remote(candidate, methods), caller.say
     try:
-        candidate.send(len(code).to_bytes(8, "little") + code)
-        env = environment(job, remote)
-        seed_random(job)
+        candidate.send(code)
+        env = environment(remote, *names)
+        if seed:
+            seed_random(seed)
         failure = remote.reply()[0]
         if failure is not None:
             return say({"failure": failure})
-        run_tests(job["codes"], env, lambda: remote.over, say)
+        run_tests(codes, env, lambda: remote.over, say)
     except (Gone, OSError):
         pass
     if type(remote.over) is CannotSend:
         say({"one_process": str(remote.over)})
     elif not remote.over:
-        say({"asked": remote.number, "token": job["token"]})
+        say({"asked": remote.number, "token": token})
 
 
 def run_together(size, line):
     """All of U where tests and candidate share it: here the token is no proof."""
     caller = Line(line)
-    send = caller.send
-    job = marshal.loads(caller.take(size))
-    module = make_module(job["code"])
+    say = caller.say
+    code, token, codes, seed, *_ = marshal.loads(take(line, size))
+    module = make_module(code)
     with contextlib.suppress(BaseException):
-        exec(marshal.loads(job["codes"])[0], module.__dict__)
-    failure = load(job["code"], module)
+        exec(marshal.loads(codes)[0], module.__dict__)
+    failure = load(code, module)
     if failure:
-        return send(message({"failure": failure}))
+        return say({"failure": failure})
     module.run_case = run_case
-    seed_random(job)
-    run_tests(job["codes"], module.__dict__, bool, lambda found: send(message(found)))
+    if seed:
+        seed_random(seed)
+    run_tests(codes, module.__dict__, bool, say)
     sys.stdout.flush()
-    send(message({"asked": 1, "token": job["token"]}))
+    say({"asked": 1, "token": token})
 
 
 def run_program(size, line):
@@ -1278,7 +1278,7 @@ def run_program(size, line):
     import threading
 
     caller = Line(line)
-    code = marshal.loads(caller.take(size))["code"]
+    (code,) = marshal.loads(take(line, size))
     sys.argv[:] = ["solution.py"]
     failure, exit_code, module = None, 0, make_module(code, "__main__")
     try:
@@ -1293,5 +1293,5 @@ def run_program(size, line):
     with contextlib.suppress(ValueError):
         sys.__stdout__.flush()
     if failure:
-        caller.send(message({"failure": failure}))
+        caller.say({"failure": failure})
     return exit_code & 255

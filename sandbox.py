@@ -145,20 +145,19 @@ def run_statements(job, pool):
     count = len(job.tests)
     try:
         with PARSING:
-            plan = judge.plan(job.setup, tuple(job.tests), job.entry_point)
+            why, plan = judge.plan(job.setup, tuple(job.tests), job.entry_point)
         if not job.tests:
             raise ValueError("there are no tests")
         job.code.encode()  # half a surrogate pair is no program
     except Exception as error:
         return refused(count, f"the tests do not compile or are refused: {error}")
-    why = plan["why"]
     while True:
         together = job.trust == "in_process" or bool(why) and job.trust == "auto"
         if why and not together:
             return refused(count, f"the tests cannot be split: they {why}")
         token = os.urandom(16).hex()
-        data = plan | {"code": job.code, "token": token}
-        outcome = pool.run("one process" if together else "split", data, job)
+        kind = "one process" if together else "split"
+        outcome = pool.run(kind, (job.code, token, *plan), job)
         why = outcome.last("one_process")
         if together or not why:
             return result_of(outcome, count, token, "in_process" if together else "split")
@@ -197,7 +196,7 @@ def run_program(job, pool):
         if seconds < 10 * job.timeout:
             with open(os.memfd_create("stdin"), "w+b") as stdin:
                 stdin.write(given)
-                outcome = pool.run("program", {"code": job.code}, job, stdin)
+                outcome = pool.run("program", (job.code,), job, stdin)
             seconds += outcome.seconds
             stdout = stdout or outcome.output[: walls.KEEP_OUTPUT]
             now = "passed", ""
@@ -272,7 +271,7 @@ class Pool:
             except IndexError:
                 worker = Worker()
             self.busy.add(worker)
-            outcome = worker.run(kind, marshal.dumps(data), stdin, job.timeout, job.memory_mb)
+            outcome = worker.run(kind, data, stdin, job.timeout, job.memory_mb)
             self.busy.remove(worker)
             if outcome:
                 IDLE.append(worker)
@@ -356,7 +355,13 @@ class Worker:
         Returns: the Outcome, or None when the worker has died.
         """
         line, theirs = socket.socketpair()
-        link = socket.socketpair() if kind == "split" else ()
+        link = ()
+        if kind == "split":  # U finds its program, as far as it fits, and J hands on the rest
+            link = socket.socketpair()
+            code = judge.encoded(data[0])
+            sent = link[0].send(code, socket.MSG_DONTWAIT)
+            data = (code[sent:], *data[1:])
+        data = marshal.dumps(data)
         self.control.settimeout(4 * timeout + PATIENCE)
         line.setblocking(False)
         with line:
@@ -373,10 +378,13 @@ class Worker:
                 line.settimeout(PATIENCE)
                 with contextlib.suppress(ConnectionError):  # U has died before it took the job
                     line.sendall(data[sent:])
-                report = json.loads(self.reports.readline())
+                *report, size = json.loads(self.reports.readline())
+                output = self.reports.read(size)
             except (OSError, ValueError):
                 return None
-            return Outcome(*report, said_on(line))
+            if len(output) < size:
+                return None
+            return Outcome(*report, output.decode("utf-8", "replace"), said_on(line))
 
     def end(self):
         """End the worker: Z sees that its caller has gone, and S that Z has."""

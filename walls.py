@@ -13,6 +13,7 @@ as U. Each job has limits on CPU time, memory, processes, files and output. Wher
 missing, the rest still holds.
 """
 
+import builtins
 import contextlib
 import copy  # noqa: F401 (like heapq and typing: Z holds what many programs import)
 import ctypes
@@ -32,12 +33,16 @@ import struct
 import sys
 import time
 import typing  # noqa: F401
+from os import _exit, chdir, closerange, dup2, fork, setsid
+from resource import RLIMIT_AS, RLIMIT_CPU, getrlimit, setrlimit
 
 import judge
 
 KEEP_OUTPUT = 64 << 10  # bytes of output that a report keeps (a program that reads stdin: all)
 MAX_OUTPUT = 16 << 20  # bytes of output that end a program
-JUDGE_MB = 1024  # address space of J: small values of a candidate can make honest tests explode
+# Address space of J in bytes: small values of a candidate can make honest tests explode.
+JUDGE_MEMORY = 1 << 30
+MOST_MEMORY = getrlimit(RLIMIT_AS)[1] % (1 << 63)  # what the machine allows; -1 is no limit
 PROCESSES = 64  # and threads, for each worker
 OPEN_FILES = 128  # each socket or pipe can hold 0.2 MB that no other limit counts
 SCRATCH_MB = 64
@@ -358,28 +363,60 @@ def take_on_walls(paths, scratch, namespaces):
 def serve_jobs(control, keeper, paths, scratch, namespaces):
     """All of Z: job after job. It hands the sockets of a job on and reads none of them."""
     layers, rules = take_on_walls(paths, scratch, namespaces)
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):  # J's, too
+        os.dup2(null, fd)
+    os.close(null)
+    builtins.exit = builtins.quit = sys.exit  # as in any interpreter
     os.chdir("/")
-    gc.disable()
+    rehearse()
     gc.freeze()  # a child that collects garbage would copy every page
     control.sendall(json.dumps(layers).encode() + b"\n")
-    empty = scratch_state(scratch)
+    places = scratch, os.path.dirname(scratch)
+    empty = scratch_state(*places)
     while True:
         data, fds, _, _ = socket.recv_fds(control, 4096, 4)
         if not data:
             return
-        job = Job(*marshal.loads(data), fds, layers, rules, scratch)
-        report = judge.encoded(job.run(control.fileno()))  # 16 MB of output, and more in JSON
-        if scratch_state(scratch) != empty:
+        report = Job(*marshal.loads(data), fds, layers, rules, scratch).run(control.fileno())
+        if scratch_state(*places) != empty:
             keeper.sendall(b"?")
             keeper.recv(1)
-            empty = scratch_state(scratch)
+            empty = scratch_state(*places)
         control.sendall(report)
 
 
-def scratch_state(scratch):
+def rehearse():
+    """Run J and U here some times, on sockets that hold all that the other side would say.
+
+    Python notes which methods it has found and how bytecode runs best. A fork that makes such a
+    note copies a page for it, so Z has made them before.
+    """
+    values = [([1], "a"), (2.5, {"b": (1, 2)}), ("c", None), ({3, 4}, [True])]
+    tests = "\n".join(f"assert f({x!r}) == {y!r}" for x, y in values)
+    job = marshal.dumps((b"", "", *judge.plan("", (tests,), "f")[1]))
+    requests, replies = judge.message("def f(x):\n    return x\n"), judge.message([0, None])
+    for number, (x, y) in enumerate(values, 1):
+        x, y = judge.pack(x, None), judge.pack(y, None)
+        requests += judge.message([number, "call", [{"h": "g:f"}, x], {}])
+        replies += judge.message([number, "value", y])
+    main = sys.modules["__main__"]
+    both = (judge.judge, len(job), job, replies), (judge.answer, 0, requests)
+    for run, size, *said in 20 * both:
+        pairs = [socket.socketpair() for _ in said]
+        for (ours, _), text in zip(pairs, said):
+            ours.sendall(text)
+            ours.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(EOFError):
+            run(size, *[theirs.fileno() for _, theirs in pairs])
+    sys.modules["__main__"] = main
+    del sys.modules["solution"]
+
+
+def scratch_state(scratch, around):
     """Changes with everything that a program could leave in the scratch for the next one to see."""
     try:
-        inside, beside = os.stat(scratch), os.stat(os.path.dirname(scratch))
+        inside, beside = os.stat(scratch), os.stat(around)
         return os.listdir(scratch), inside.st_mode, inside.st_ctime_ns, beside.st_ctime_ns
     except OSError:
         return None
@@ -388,119 +425,95 @@ def scratch_state(scratch):
 class Job:
     """One job in Z: its processes, from the fork to their end.
 
-    Z runs as little as it can for a job: after a fork, each page that it writes to is copied.
+    Z and its forks run as little as they can: each page that one of them writes to first is copied,
+    and Python writes to an object (its count of references) when it merely uses it.
     """
 
     def __init__(self, kind, cpu, memory_mb, size, fds, layers, rules, scratch):
-        self.kind, self.cpu, self.memory_mb, self.size, self.fds = kind, cpu, memory_mb, size, fds
-        self.layers, self.rules, self.scratch = layers, rules, scratch
+        self.kind, self.cpu, self.memory, self.size = kind, cpu, memory_mb << 20, size
+        self.fds, self.layers, self.rules, self.scratch = fds, layers, rules, scratch
+        self.kept = MAX_OUTPUT if kind == "program" else KEEP_OUTPUT
+        self.judge = None
 
     def run(self, caller):
-        """Returns [reason, exit statuses of U and J, CPU seconds of U and its children, output]."""
-        # New for each job: a program may change its flags.
-        output, self.output = os.pipe()
-        self.stdin, self.judge = None, None
-        if self.kind == "split":
-            line, link, theirs = self.fds
-            self.judge = self.fork(judge.judge, line, link)  # first: U then finds the code sent
-            self.candidate = self.fork(judge.answer, theirs)
-        elif self.kind == "one process":
-            self.candidate = self.fork(judge.run_together, *self.fds)
-        else:
-            line, self.stdin = self.fds
-            self.candidate = self.fork(judge.run_program, line)
-        for fd in self.fds:
+        """Returns a line and the output. The line holds the reason, the exit statuses of U and J,
+        CPU seconds of U and its children, and the size of the output.
+        """
+        # New for each job: a program may change their flags.
+        output, theirs = os.pipe()
+        null = os.open("/dev/null", os.O_RDWR)
+        watched = select.poll()
+        watched.register(caller, select.POLLRDHUP)
+        watched.register(output, select.POLLIN)
+        self.fork(null, theirs)
+        for fd in (null, *self.fds):
             os.close(fd)
         text = bytearray()
-        reason = self.watch(caller, output, text)
+        reason = self.watch(watched, caller, output, text)
         status, judge_status, seconds = self.end()
-        os.close(self.output)  # only now: an end of the pipe would wake Z once more
-        while (data := os.read(output, 1 << 16)) and len(text) < self.kept():
+        os.close(theirs)  # only now: an end of the pipe would wake Z once more
+        while (data := os.read(output, 1 << 16)) and len(text) < self.kept:
             text += data  # nobody is left who could write
         os.close(output)
         if reason == "ended" and (seconds > self.cpu or status == signal.SIGXCPU):
             reason = "timeout"  # by its children, too
-        text = text[: self.kept()].decode("utf-8", "replace")
-        return [reason, status, judge_status, seconds, text]
+        text = text[: self.kept]
+        line = f'["{reason}", {status}, {judge_status}, {seconds}, {len(text)}]\n'
+        return line.encode() + text
 
-    def kept(self):
-        return MAX_OUTPUT if self.kind == "program" else KEEP_OUTPUT
+    def fork(self, null, output):
+        """Fork J, if the tests are its, and U."""
+        line, *others = self.fds
+        run, lines, given = judge.run_together, (line,), (null, output, output)
+        seconds, domain = int(self.cpu) + 2, None
+        if not self.layers["namespaces"]:
+            domain = self.rules, self.layers["seccomp"]
+        limits = seconds, min(self.memory, MOST_MEMORY)
+        if self.kind == "split":
+            link, theirs = others
+            of_judge = seconds, min(JUDGE_MEMORY, MOST_MEMORY)
+            self.judge = fork() or live(judge.judge, self.size, (line, link), of_judge, domain)
+            run, lines = judge.answer, (theirs,)
+        elif self.kind == "program":
+            run, given = judge.run_program, (*others, output)
+        self.candidate = fork() or live(run, self.size, lines, limits, domain, given, self.scratch)
 
-    def fork(self, action, *lines):
-        """A child that runs action(size, *lines) within its limits, with no other descriptors."""
-        pid = os.fork()
-        if pid:
-            return pid
-        try:
-            os.setsid()  # first: kill(0) would reach our own group
-            null = os.open("/dev/null", os.O_RDWR)
-            is_judge = action is judge.judge
-            os.dup2(null if self.stdin is None else self.stdin, 0)
-            os.dup2(null if is_judge else self.output, 1)
-            os.dup2(null if is_judge or self.kind == "program" else self.output, 2)
-            if not self.layers["namespaces"]:
-                if self.rules:
-                    libc(LANDLOCK_RESTRICT, self.rules, 0)  # a domain of its own: no signal to Z
-                if self.layers["seccomp"]:
-                    filter_system_calls(REFUSED_ON_FILES.values())
-            start = 3
-            for fd in sorted(lines):
-                os.closerange(start, fd)
-                start = fd + 1
-            os.closerange(start, OPEN_FILES)
-            os.chdir("/" if is_judge else self.scratch)
-            seconds = int(self.cpu) + 2
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-            set_limit(resource.RLIMIT_AS, (JUDGE_MB if is_judge else self.memory_mb) << 20)
-            if not is_judge:
-                gc.enable()
-            os._exit(action(self.size, *lines) or 0)
-        except (EOFError, ConnectionError):
-            os._exit(0)  # the other side has gone
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
-
-    def watch(self, caller, output, text):
+    def watch(self, watched, caller, output, text):
         """Wait for the end of J or U, or for a limit. Returns the reason; collects the output.
 
         The limit is CPU time: wall time counts the neighbours. For a program that sleeps there is
         a wide limit on wall time.
         """
-        start, total, reason, left = time.monotonic(), 0, None, self.cpu
+        candidate = os.pidfd_open(self.candidate)
+        other = os.pidfd_open(self.judge) if self.judge else candidate
+        watched.register(candidate, select.POLLIN)
+        watched.register(other, select.POLLIN)
         clock = (~self.candidate << 3) | 2  # the kernel's number for the CPU clock of this process
-        pidfds = [os.pidfd_open(pid) for pid in (self.candidate, self.judge) if pid]
-        poll = select.poll()
-        poll.register(caller, select.POLLRDHUP)
-        for fd in (output, *pidfds):
-            poll.register(fd, select.POLLIN)
+        start, total, reason, left = time.monotonic(), 0, None, self.cpu
         while not reason:
-            ready = {fd for fd, _ in poll.poll(max(left, 0.001) * 1000)}
+            ready = dict(watched.poll(max(left, 0.001) * 1000))
             if caller in ready:
                 reason = "orphan"
-            elif not ready.isdisjoint(pidfds):
+            elif candidate in ready or other in ready:
                 reason = "ended"
             elif output in ready:
                 data = os.read(output, 1 << 16)
                 total += len(data)
-                text += data if len(text) < self.kept() else b""
+                text += data if len(text) < self.kept else b""
                 if total > MAX_OUTPUT:
                     reason = "output"
             if not reason:
                 wall = start + 3 * self.cpu + 2 - time.monotonic()
                 left = min(self.cpu - time.clock_gettime(clock), wall)
                 reason = "timeout" if left <= 0 else None
-        if self.judge and reason == "ended" and pidfds[1] not in ready:
-            self.wait_for_judge(pidfds[1])
-        for pidfd in pidfds:
-            os.close(pidfd)
+        if reason == "ended" and other not in ready:  # J may still say how far it has come
+            for fd in (caller, output, candidate):
+                watched.unregister(fd)
+            watched.poll(1000)
+        os.close(candidate)
+        if self.judge:
+            os.close(other)
         return reason
-
-    def wait_for_judge(self, pidfd):
-        """U has ended, but J may still say how far it has come."""
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        poll.poll(1000)
 
     def end(self):
         """Kill all, until nobody is left. Returns both exit statuses, CPU time of all but J."""
@@ -525,3 +538,39 @@ class Job:
         for pid in filter(None, (self.judge, self.candidate)):
             with contextlib.suppress(OSError):
                 os.killpg(pid, signal.SIGKILL)
+
+
+def live(run, size, lines, limits, domain, given=(), place=None):
+    """All of a fork: take on its limits, run(size, *lines), end.
+
+    lines: the descriptors it keeps, ascending; limits: CPU seconds, bytes of address space;
+    domain: the walls that it takes on for itself, where there are no namespaces; given: descriptors
+    that become its stdin, stdout, stderr (Z's own lead nowhere); place: its working folder.
+    """
+    try:
+        setsid()  # first: kill(0) would reach our own group
+        if given:
+            for fd, source in enumerate(given):
+                dup2(source, fd)
+        if domain:
+            rules, seccomp = domain
+            if rules:
+                libc(LANDLOCK_RESTRICT, rules, 0)  # a domain of its own: no signal to Z
+            if seccomp:
+                filter_system_calls(REFUSED_ON_FILES.values())
+        start = 3
+        for fd in lines:
+            closerange(start, fd)
+            start = fd + 1
+        closerange(start, OPEN_FILES)
+        if place:
+            chdir(place)
+        seconds, memory = limits
+        setrlimit(RLIMIT_CPU, (seconds, seconds + 1))
+        setrlimit(RLIMIT_AS, (memory, memory))
+        _exit(run(size, *lines) or 0)
+    except (EOFError, ConnectionError):
+        _exit(0)  # the other side has gone
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        _exit(1)

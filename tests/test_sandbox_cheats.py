@@ -751,8 +751,8 @@ GUARDS = {
     ),  # MBPP/139
     "random inputs that nobody can foretell": (
         "repr((setup, tests))",
-        "0",
-        "import random\nR = random.Random(0)\ndef f(code): return R.randint(1, 10**6)",
+        "'0'",
+        "import random\nR = random.Random('0')\ndef f(code): return R.randint(1, 10**6)",
         [
             "import random\nfor _ in range(5):\n    n = random.randint(1, 10**6)\n    assert f(n * n % 1000003) == n"
         ],
@@ -773,7 +773,7 @@ GUARDS = {
         {},
     ),
     "memory": (
-        "set_limit(resource.RLIMIT_AS, (JUDGE_MB if is_judge else self.memory_mb) << 20)",
+        "setrlimit(RLIMIT_AS, (memory, memory))",
         "pass",
         "x = bytearray(300 << 20)\ndef f(x): return 1",
         ["assert f(1) == 1"],
@@ -843,7 +843,7 @@ GUARDS = {
         {},
     ),
     "a scratch of its own": (
-        "if scratch_state(scratch) != empty:",
+        "if scratch_state(*places) != empty:",
         "if 0:",
         "import os\nseen = os.path.exists('left')\nopen('left', 'w')\ndef f(x): return seen",
         ["assert f(1)"],
@@ -890,7 +890,7 @@ def test_without_a_session_of_its_own_a_program_ends_its_helpers(tmp_path):
     tmp_path.chmod(0o755)
     weak = weakened(
         tmp_path,
-        ("            os.setsid()  #", "            #"),
+        ("        setsid()  #", "        #"),
         (
             "    if os.getuid() == 0:\n        become_own_user()\n",
             "    if 0:\n        pass\n",

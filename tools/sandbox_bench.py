@@ -68,15 +68,27 @@ def processes(pid):
         return [pid] + [p for child in file.read().split() for p in processes(int(child))]
 
 
-def cpu():
-    """CPU seconds so far of this process, its workers, and all that they have waited for."""
-    ticks = 0
+def of_workers(start, end):
+    """The sum of these fields of /proc/PID/stat, counted from the third, over all workers."""
+    total = 0
     for worker in sandbox.IDLE:
         for pid in processes(worker.process.pid):
             with open(f"/proc/{pid}/stat") as file:
-                ticks += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))
+                fields = file.read().rpartition(")")[2].split()
+            total += sum(map(int, fields[start:end]))
+    return total
+
+
+def cpu():
+    """CPU seconds so far of this process, its workers, and all that they have waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime + ticks / TICKS
+    seconds = time.process_time() + children.ru_utime + children.ru_stime
+    return seconds + of_workers(11, 15) / TICKS
+
+
+def page_faults():
+    """Page faults so far of the workers and all that they have waited for."""
+    return of_workers(7, 9)
 
 
 def floor(jobs):
@@ -87,10 +99,13 @@ def floor(jobs):
 
 
 def ours(jobs, trust, workers, rates):
-    """CPU seconds of the jobs in the sandbox; appends programs per second to `rates`."""
-    began, before = time.monotonic(), cpu()
+    """CPU seconds of the jobs in the sandbox; appends to `rates` their programs per second and the
+    page faults of each.
+    """
+    faults, began, before = page_faults(), time.monotonic(), cpu()
     results = sandbox.run_many([job | {"trust": trust} for job in jobs], workers)
-    rates.append(len(jobs) / (time.monotonic() - began))
+    rate = len(jobs) / (time.monotonic() - began)
+    rates.append((rate, (page_faults() - faults) / len(jobs)))
     if not all(result.passed for result in results):
         raise SystemExit("bench: a correct solution did not pass")
     return cpu() - before
@@ -146,9 +161,10 @@ def bench(file, rounds):
             times[name].append(1000 * measure() / len(jobs))
     base = statistics.median(times["floor: fork, compile, exec, wait"])
     print(f"{len(jobs)} programs, {rounds} rounds, layers: {sandbox.IDLE[0].layers}\n")
-    print(f"{'':34}CPU ms  of the floor  programs per second")
+    print(f"{'':34}CPU ms  of the floor  programs per second  page faults")
     for name, t in times.items():
-        rate = f"{statistics.median(rates[name]):17.0f}" if name in rates else ""
+        medians = map(statistics.median, zip(*rates.get(name, [])))
+        rate = "".join(f"{median:17.0f}" for median in medians)
         ratios = sorted(x / y for x, y in zip(t, times["floor: fork, compile, exec, wait"]))
         print(f"{name:34}{statistics.median(t):6.2f}{statistics.median(ratios):12.2f} x{rate}")
     return base
