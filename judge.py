@@ -206,9 +206,9 @@ def message(data):
 
 def take(fd, size):
     """The next `size` bytes; EOFError when the other side has gone."""
-    data = read(fd, size)
+    data = bytearray()
     while len(data) < size:
-        part = read(fd, size - len(data))
+        part = read(fd, min(size - len(data), 1 << 16))
         if not part:
             raise EOFError
         data += part
@@ -972,6 +972,8 @@ def why_one_process(nodes, names, read):
                 return f"use {word}"
             case ast.Call(func=ast.Name(id="compile" | "id" | "callable" as word)):
                 return f"use {word}"
+            case ast.Call(func=ast.Subscript(value=ast.Name(id=word))) if word in names:
+                return f"call {word}[...]"
             case ast.Call(ast.Name(id="isinstance" | "issubclass"), [_, kind]) if ABSTRACT & set(
                 re.findall(r"\w+", ast.unparse(kind))
             ):
@@ -1134,28 +1136,29 @@ def repeats(node, values):
     return len(set(names)) < len(names) and not isinstance(getattr(node, "ctx", None), ast.Store)
 
 
+BLANKS = " \t\r\n\v\f"
+NUMBER = re.compile(r"[+-]?[0-9]{1,300}(\.[0-9]{0,300})?([eE][+-]?[0-9]{1,4})?")
+
+
 def same_output(expected, output):
     """Whether a program's stdout is what a test expects.
 
     Blanks at line ends, between numbers, blank lines at the end aside; 1.0 for 1 is the same.
     """
-    expected, output = expected.rstrip().splitlines(), output.rstrip().splitlines()
-    if len(expected) != len(output):
-        return False
-    for line, found in zip(expected, output):
-        if line.rstrip() == found.rstrip():
-            continue
-        # Blanks may be part of a drawing.
-        numbers = all(re.fullmatch(r"[\d.eE+-]*\d[\d.eE+-]*", word) for word in line.split())
-        words, found = [
-            re.split(r"\s+" if numbers else r"(\s+)", x.rstrip()) for x in (line, found)
-        ]
-        if len(words) != len(found) or not all(map(same_word, words, found)):
-            return False
-    return True
+    expected, output = (
+        [line.rstrip(BLANKS) for line in text.rstrip(BLANKS).split("\n")]
+        for text in (expected, output)
+    )
+    return len(expected) == len(output) and all(map(same_line, expected, output))
 
 
-NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{0,300})?([eE][+-]?\d{1,4})?")
+def same_line(line, found):
+    if line == found:
+        return True
+    numbers = all(re.fullmatch(r"[0-9.eE+-]*[0-9][0-9.eE+-]*", word) for word in line.split())
+    blanks = r"[ \t]+" if numbers else r"([ \t]+)"  # they may be part of a drawing
+    words, found = re.split(blanks, line), re.split(blanks, found)
+    return len(words) == len(found) and all(map(same_word, words, found))
 
 
 def same_word(word, found):

@@ -271,7 +271,7 @@ class Pool:
             except IndexError:
                 worker = Worker()
             self.busy.add(worker)
-            outcome = worker.run(kind, data, stdin, job.timeout, job.memory_mb)
+            outcome = worker.run(kind, data, stdin, job.timeout, int(job.memory_mb))
             self.busy.remove(worker)
             if outcome:
                 IDLE.append(worker)

@@ -23,6 +23,7 @@ import heapq  # noqa: F401
 import json
 import marshal
 import math  # noqa: F401
+import mmap
 import os
 import resource
 import select
@@ -40,6 +41,7 @@ import judge
 
 KEEP_OUTPUT = 64 << 10  # bytes of output that a report keeps (a program that reads stdin: all)
 MAX_OUTPUT = 16 << 20  # bytes of output that end a program
+PIPE_SIZE = 1 << 16
 # Address space of J in bytes: small values of a candidate can make honest tests explode.
 JUDGE_MEMORY = 1 << 30
 MOST_MEMORY = getrlimit(RLIMIT_AS)[1] % (1 << 63)  # what the machine allows; -1 is no limit
@@ -238,9 +240,9 @@ def make_root(paths):
         else:
             open(new, "w").close()
         mount(path, new, None, BIND | RECURSIVE)
-        if not path.startswith("/dev/"):  # read-only, no setuid, no devices, with all mounts below
-            attributes = struct.pack("<QQQQ", 7, 0, 0, 0)
-            libc(REFUSED["mount_setattr"], -100, new.encode(), 0x8000, attributes, 32)
+        rights = 3 if path.startswith("/dev/") else 7  # read-only, no setuid; no devices
+        attributes = struct.pack("<QQQQ", rights, 0, 0, 0)
+        libc(REFUSED["mount_setattr"], -100, new.encode(), 0x8000, attributes, 32)  # all below
     os.makedirs(root + "/scratch/tmp")
     mount("none", root + "/scratch/tmp", "tmpfs", NO_SETUID | NO_DEVICES)
     for name in ("/tmp", "/dev/shm"):  # /dev/shm holds the semaphores of multiprocessing
@@ -363,10 +365,6 @@ def take_on_walls(paths, scratch, namespaces):
 def serve_jobs(control, keeper, paths, scratch, namespaces):
     """All of Z: job after job. It hands the sockets of a job on and reads none of them."""
     layers, rules = take_on_walls(paths, scratch, namespaces)
-    null = os.open("/dev/null", os.O_RDWR)
-    for fd in (0, 1, 2):  # J's, too
-        os.dup2(null, fd)
-    os.close(null)
     builtins.exit = builtins.quit = sys.exit  # as in any interpreter
     os.chdir("/")
     rehearse()
@@ -378,12 +376,15 @@ def serve_jobs(control, keeper, paths, scratch, namespaces):
         data, fds, _, _ = socket.recv_fds(control, 4096, 4)
         if not data:
             return
-        report = Job(*marshal.loads(data), fds, layers, rules, scratch).run(control.fileno())
+        job = Job(*marshal.loads(data), fds, layers, rules, scratch)
+        report = job.run(control.fileno())
         if scratch_state(*places) != empty:
             keeper.sendall(b"?")
             keeper.recv(1)
             empty = scratch_state(*places)
         control.sendall(report)
+        if job.printed:
+            control.sendall(memoryview(job.output)[: min(job.printed, job.kept)])
 
 
 def rehearse():
@@ -433,14 +434,16 @@ class Job:
         self.kind, self.cpu, self.memory, self.size = kind, cpu, memory_mb << 20, size
         self.fds, self.layers, self.rules, self.scratch = fds, layers, rules, scratch
         self.kept = MAX_OUTPUT if kind == "program" else KEEP_OUTPUT
-        self.judge = None
+        self.judge = self.output = None
+        self.printed = 0  # bytes
 
     def run(self, caller):
-        """Returns a line and the output. The line holds the reason, the exit statuses of U and J,
-        CPU seconds of U and its children, and the size of the output.
+        """Returns the reason, the exit statuses of U and J, CPU seconds of U and its children, and
+        how much of the output is kept, as a line of JSON.
         """
         # New for each job: a program may change their flags.
         output, theirs = os.pipe()
+        os.set_blocking(output, False)
         null = os.open("/dev/null", os.O_RDWR)
         watched = select.poll()
         watched.register(caller, select.POLLRDHUP)
@@ -448,18 +451,28 @@ class Job:
         self.fork(null, theirs)
         for fd in (null, *self.fds):
             os.close(fd)
-        text = bytearray()
-        reason = self.watch(watched, caller, output, text)
+        reason = self.watch(watched, caller, output)
         status, judge_status, seconds = self.end()
         os.close(theirs)  # only now: an end of the pipe would wake Z once more
-        while (data := os.read(output, 1 << 16)) and len(text) < self.kept:
-            text += data  # nobody is left who could write
+        with contextlib.suppress(BlockingIOError):  # an end may be on its way through a socket
+            while self.printed < self.kept and self.read(output):
+                pass  # nobody is left who could write
         os.close(output)
         if reason == "ended" and (seconds > self.cpu or status == signal.SIGXCPU):
             reason = "timeout"  # by its children, too
-        text = text[: self.kept]
-        line = f'["{reason}", {status}, {judge_status}, {seconds}, {len(text)}]\n'
-        return line.encode() + text
+        kept = min(self.printed, self.kept)
+        return f'["{reason}", {status}, {judge_status}, {seconds}, {kept}]\n'.encode()
+
+    def read(self, output):
+        """Read on, into memory that the kernel takes back with the job: what Z holds of a program's
+        output, a later program could find. Returns the number of bytes.
+        """
+        if not self.output:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self.output = mmap.mmap(-1, MAX_OUTPUT + PIPE_SIZE, flags)
+        count = os.readv(output, [memoryview(self.output)[self.printed : self.printed + PIPE_SIZE]])
+        self.printed += count
+        return count
 
     def fork(self, null, output):
         """Fork J, if the tests are its, and U."""
@@ -472,14 +485,15 @@ class Job:
         if self.kind == "split":
             link, theirs = others
             of_judge = seconds, min(JUDGE_MEMORY, MOST_MEMORY)
-            self.judge = fork() or live(judge.judge, self.size, (line, link), of_judge, domain)
+            lines, nowhere = (line, link), (null, null, null)
+            self.judge = fork() or live(judge.judge, self.size, lines, of_judge, domain, nowhere)
             run, lines = judge.answer, (theirs,)
         elif self.kind == "program":
-            run, given = judge.run_program, (*others, output)
+            run, given = judge.run_program, (*others, output, null)
         self.candidate = fork() or live(run, self.size, lines, limits, domain, given, self.scratch)
 
-    def watch(self, watched, caller, output, text):
-        """Wait for the end of J or U, or for a limit. Returns the reason; collects the output.
+    def watch(self, watched, caller, output):
+        """Wait for the end of J or U, or for a limit. Returns the reason; reads the output.
 
         The limit is CPU time: wall time counts the neighbours. For a program that sleeps there is
         a wide limit on wall time.
@@ -489,7 +503,7 @@ class Job:
         watched.register(candidate, select.POLLIN)
         watched.register(other, select.POLLIN)
         clock = (~self.candidate << 3) | 2  # the kernel's number for the CPU clock of this process
-        start, total, reason, left = time.monotonic(), 0, None, self.cpu
+        start, reason, left = time.monotonic(), None, self.cpu
         while not reason:
             ready = dict(watched.poll(max(left, 0.001) * 1000))
             if caller in ready:
@@ -497,10 +511,8 @@ class Job:
             elif candidate in ready or other in ready:
                 reason = "ended"
             elif output in ready:
-                data = os.read(output, 1 << 16)
-                total += len(data)
-                text += data if len(text) < self.kept else b""
-                if total > MAX_OUTPUT:
+                self.read(output)
+                if self.printed > MAX_OUTPUT:
                     reason = "output"
             if not reason:
                 wall = start + 3 * self.cpu + 2 - time.monotonic()
@@ -540,18 +552,17 @@ class Job:
                 os.killpg(pid, signal.SIGKILL)
 
 
-def live(run, size, lines, limits, domain, given=(), place=None):
+def live(run, size, lines, limits, domain, given, place=None):
     """All of a fork: take on its limits, run(size, *lines), end.
 
     lines: the descriptors it keeps, ascending; limits: CPU seconds, bytes of address space;
     domain: the walls that it takes on for itself, where there are no namespaces; given: descriptors
-    that become its stdin, stdout, stderr (Z's own lead nowhere); place: its working folder.
+    that become its stdin, stdout, stderr; place: its working folder.
     """
     try:
         setsid()  # first: kill(0) would reach our own group
-        if given:
-            for fd, source in enumerate(given):
-                dup2(source, fd)
+        for fd, source in enumerate(given):
+            dup2(source, fd)
         if domain:
             rules, seccomp = domain
             if rules:

@@ -256,6 +256,7 @@ STYLES = {
     "SystemExit": ("import sys\ndef f(): sys.exit(2)", ("2", "3"), "try: f()\nexcept SystemExit as e: assert e.code == 2\nelse: assert 0", "", "in_process"),
     "argv": ("import sys\ndef f(): return sys.argv[1:]", ("[1:]", "[2:]"), "import sys\nsys.argv = ['p', 'a']\nassert f() == ['a']", "", "in_process"),
     "a doc string": ("def f():\n    'Doc.'", ("Doc", "doc"), "assert f.__doc__ == 'Doc.'", "", "in_process"),
+    "a generic class": ("from typing import Generic, TypeVar\nT = TypeVar('T')\nclass Stack(Generic[T]):\n    def __init__(self): self.a = []\n    def push(self, x): self.a.append(x)\n    def index(self, x): return self.a.index(x)\n    def __contains__(self, x): return x in self.a", ("append(x)", "append(-x)"), "s = Stack[int]()\ns.push(1)\ns.push(2)\nassert 2 in s and s.index(2) == 1", "", "in_process"),
     "the type of an object": ("class Box: pass\nclass Other: pass\ndef f(): return Box()", ("return Box", "return Other"), "assert type(f()) == Box", "", "in_process"),
     "annotations with classes of the setup": ("from typing import Optional\ndef f(n: Optional[ListNode]) -> ListNode: return ListNode(n.val + 1)", ("+ 1", "+ 2"), "assert f(ListNode(1)).val == 2", LINKED, "in_process"),
     # ---- runners, guards and setups of tests
@@ -579,6 +580,12 @@ def test_what_became_of_a_program_that_reads_stdin(code, status):
         (".5  .25", ".5 .25", True),
         ("2020-01-01  3", "2020-01-01 3", True),
         ("-1  2.5", "-1 2.5", True),
+        ("a\nb", "a\r\nb\r\n", True),
+        ("a\nb", "a\rb", False),
+        ("a\nb", "a\x0cb", False),
+        ("a\nb", "a\u2028b", False),
+        ("a", "a\xa0", False),
+        ("1.5", "\u0661.5", False),
     ],
 )
 def test_outputs_that_are_the_same(expected, output, same):

@@ -727,3 +727,64 @@ def test_children_that_hide_their_time_have_the_wall_limit():
     code = "import os, signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nif os.fork() == 0:\n    while True: pass\nos.wait()\ndef f(): return 1"
     result, seconds = timed(code, timeout=0.3)
     assert not result.passed and seconds < 6
+
+
+def test_devices_carry_nothing_from_run_to_run():
+    """Neither locks on stderr's open file, where a stdin program has none, nor times of devices."""
+    code = (
+        "import fcntl, os, struct\n"
+        "def lock(fd, call, byte):\n"
+        "    form = 'hhqqi4x'\n"
+        "    answer = fcntl.fcntl(fd, call, struct.pack(form, fcntl.F_WRLCK, 0, byte, 1, 0))\n"
+        "    return struct.unpack(form, answer)[0] != fcntl.F_UNLCK\n"
+        "null = os.open('/dev/null', os.O_RDWR)\n"
+        "print([byte for byte in range(20) if lock(null, fcntl.F_OFD_GETLK, byte)], input())\n"
+        "lock(2, fcntl.F_OFD_SETLK, 7)"
+    )
+    result = sandbox.run(code, [{"input": str(i), "output": f"[] {i}"} for i in range(3)])
+    assert result.passed, result
+    for device in ("null", "zero", "random", "urandom"):
+        status, error = inside(attempt(f"os.utime('/dev/{device}')", "import os"))[:2]
+        assert status == "refused", (device, error)
+
+
+def test_a_descriptor_on_its_way_does_not_stop_the_worker():
+    """The output's end that a program has sent to the caller keeps the pipe open."""
+    code = (
+        "import array, os, socket\n"
+        "for fd in range(3, 40):\n"
+        "    try:\n"
+        "        s = socket.socket(fileno=os.dup(fd))\n"
+        "        s.sendmsg([b'1'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [1]))])\n"
+        "        s.detach()\n"
+        "    except OSError: pass\n"
+        "print(4)"
+    )
+    start = time.monotonic()
+    assert sandbox.run(code, [{"input": "", "output": "4"}], timeout=0.5).stdout == "4\n"
+    assert time.monotonic() - start < 10
+
+
+def test_output_is_not_in_the_memory_of_the_next_job():
+    """It can be the expected output of a stdin test, which several programs are run against."""
+    scan = (
+        "import ctypes, os, sys\n"
+        "left, right, found = b'printed', b'yesterday', 0\n"
+        "keep = left + right if input() else None\n"
+        "libc, (reader, writer) = ctypes.CDLL(None), os.pipe()\n"
+        "big = ctypes.create_string_buffer(1 << 20)\n"
+        "for place in id(sys.modules), id(keep), ctypes.addressof(big):\n"
+        "    start = (place & -4096) - (24 << 20)\n"
+        "    for page in range(start, start + (48 << 20), 4096):\n"
+        "        if libc.write(writer, ctypes.c_void_p(page), 4096) == 4096:\n"
+        "            before, _, after = os.read(reader, 4096).partition(left)\n"
+        "            found += after.startswith(right)\n"
+        "print(found > 0)\n"
+    )
+    printing = "print('printed' + 'yesterday')\nprint('x' * int(input()))"
+    for size in (10, 100):
+        first = sandbox.run(printing, [{"input": str(size), "output": ""}])
+        assert first.stdout.startswith("printedyesterday"), first
+        for kept, output in (("", "False"), ("keep", "True")):
+            result = sandbox.run(scan, [{"input": f"{kept}\n", "output": output}], timeout=20.0)
+            assert result.passed, result
