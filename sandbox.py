@@ -486,13 +486,12 @@ def program(problem, response):
     blocks, a body that goes on from the prefix or a whole function, words around code.
     """
     name = judge.first_name(problem.get("entry_point"))
-    text = response.split("</think>", 1)[-1].replace("\ufeff", "")
-    texts = (problem.get("prefix") or "", text)
-    prefix, text = (x.replace("\r\n", "\n").replace("\r", "\n") for x in texts)
+    prefix = re.sub("\r\n?", "\n", problem.get("prefix") or "")
+    text = re.sub("\r\n?", "\n", response.split("</think>", 1)[-1].replace("\ufeff", ""))
     fence = FENCE.search(text)
     text = text if fence else TAG.sub("", text)
     is_body = text.lstrip("\n")[:1] in (" ", "\t")
-    if prefix and is_body and name:  # then perhaps comes the next problem's code
+    if is_body and name:  # then perhaps comes the next problem's code
         again = re.search(rf"^(?:async def|def|class) {re.escape(name)}\b", text, re.M)
         if again and (whole := assemble(prefix, text[: again.start()], name)):
             return whole
@@ -510,10 +509,10 @@ def program(problem, response):
         last = right[0 if name else -1]
         whole, code = next((pair for pair in reversed(right) if answers(pair[1], name)), last)
         return with_helpers(whole, [block for block in blocks if block is not code])
-    likely = [block for block in reversed(blocks) if looks_defined(block, name)] + blocks[:1]
+    likely = [block for block in reversed(blocks) if looks_defined(block, name)] or blocks
     likely = [*likely[:1], FENCE.sub(r"\g<before>\n", text)]  # a fence may only end the code
-    found = [whole for code in likely if (whole := longest_program(prefix, code, name))]
-    return found[0] if found else prefix + likely[0]
+    found = (longest_program(prefix, code, name) for code in likely)
+    return next(filter(None, found), prefix + likely[0])
 
 
 def code_blocks(text):
@@ -522,24 +521,19 @@ def code_blocks(text):
     A block ends at the first closing fence up to which it is Python, since a docstring may hold
     fences, or else at the first.
     """
-    lines, blocks, at = text.split("\n"), [], 0
-    fences = [number for number, line in enumerate(lines) if FENCE.match(line)]
-    while at < len(lines) and len(blocks) < 50:
-        opening = FENCE.match(lines[at])
-        at += 1
-        if not opening:
+    lines, blocks, last = text.split("\n"), [], -1
+    fences = {n: fence for n, line in enumerate(lines) if (fence := FENCE.match(line))}
+    closing = {n: fence["mark"] for n, fence in fences.items() if not fence["language"]}
+    for start, fence in fences.items():
+        if start <= last or len(blocks) == 50:
             continue
-        ends = [n for n in fences if n >= at and closes(lines[n], opening["mark"])][:20]
-        bodies = [block_body(lines, at, end, opening["before"]) for end in ends or [len(lines)]]
-        chosen = next((i for i, body in enumerate(bodies) if body.strip() and parses(body)), 0)
-        blocks.append((opening["language"], bodies[chosen]))
-        at = ends[chosen] + 1 if ends else len(lines)
+        ends = [n for n, mark in closing.items() if n > start and mark.startswith(fence["mark"])]
+        ends = ends[:20] or [len(lines)]
+        bodies = [block_body(lines, start + 1, end, fence["before"]) for end in ends]
+        chosen = next((i for i, body in enumerate(bodies) if parses(body)), 0)
+        blocks.append((fence["language"], bodies[chosen]))
+        last = ends[chosen]
     return blocks
-
-
-def closes(line, mark):
-    found = FENCE.match(line)
-    return found["mark"][0] == mark[0] and len(found["mark"]) >= len(mark) and not found["language"]
 
 
 def block_body(lines, start, end, before):
@@ -554,8 +548,7 @@ def block_body(lines, start, end, before):
 
 def parses(code):
     """Whether this is Python: as it stands, or as a body."""
-    body = textwrap.indent(textwrap.dedent(code), " ")
-    return parse(code) is not None or parse("def body():\n" + body) is not None
+    return error_line(textwrap.dedent(code)) > code.count("\n")
 
 
 @functools.lru_cache(maxsize=16)
@@ -767,13 +760,12 @@ def longest_program(prefix, code, name):
 
 
 def error_line(code):
+    """The line up to which this is Python, for the parser; it also takes a body, with `return`."""
     try:
         with PARSING, warnings.catch_warnings(action="ignore"):
             ast.parse(code)
-    except SyntaxError as error:
-        return error.lineno or 0
-    except Exception:
-        return 0
+    except Exception as error:
+        return getattr(error, "lineno", None) or 0
     return code.count("\n") + 1
 
 
