@@ -25,7 +25,6 @@ response to a program, records, settings, token ids. Libraries are imported wher
 
 import ast
 import atexit
-import builtins
 import contextlib
 import dataclasses
 import functools
@@ -571,7 +570,7 @@ def names_of(node):
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
             return {node.name}
         case ast.Assign() | ast.AnnAssign(value=ast.AST()):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            targets = getattr(node, "targets", None) or [node.target]
             return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
         case ast.Import() | ast.ImportFrom():
             return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
@@ -584,7 +583,7 @@ def is_stub(node):
     The prefix of many problems is one, and parses before anything has been answered.
     """
     if isinstance(node, ast.ClassDef):
-        methods = [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        methods = [n for n in node.body if isinstance(n, judge.FUNCTION)]
         return bool(methods) and all(map(is_stub, methods))
     does = (ast.Call, ast.Yield, ast.YieldFrom, ast.Await)
     body = [n for n in getattr(node, "body", [node]) if not isinstance(n, (ast.Pass, *IMPORT))]
@@ -600,23 +599,20 @@ def defines(code, name):
     if name:
         found = [node for node in tree.body if name in names_of(node)]
         return bool(found) and not is_stub(found[-1])
-    return any(
-        names_of(node) or not isinstance(node, ast.Expr) or isinstance(node.value, ast.Call)
-        for node in tree.body
-    )
+    does = [n for n in tree.body if not isinstance(n, ast.Expr) or isinstance(n.value, ast.Call)]
+    return bool(does)
 
 
 def answers(code, name):
     """Whether a block is an answer of its own, not an example of its use or a part of it."""
     if not defines(code, name):
         return False
-    read = judge.loaded(parse(code).body)
+    body = parse(code).body
     if not name:
-        acts = any(not names_of(node) for node in parse(code).body)
-        return bool(
-            acts and read & {"print", "sys", "os"} and read & {"input", "open", "sys", "os"}
-        )
-    last = [node for node in parse(code).body if name in names_of(node)][-1]
+        read = judge.loaded(body)
+        writes, reads = read & {"print", "sys", "os"}, read & {"input", "open", "sys", "os"}
+        return writes and reads and not all(map(names_of, body))
+    last = [node for node in body if name in names_of(node)][-1]
     return name not in judge.loaded([getattr(last, "value", last)])  # not `f = cache(f)`
 
 
@@ -693,13 +689,8 @@ def without_words(code):
     known = {name for node in parse(code).body for name in names_of(node)}
     lines = code.split("\n")
     for node in parse(code).body:
-        word = getattr(getattr(node, "value", None), "id", None)
-        if (
-            isinstance(node, ast.Expr)
-            and word
-            and word not in known
-            and not hasattr(builtins, word)
-        ):
+        word = isinstance(node, ast.Expr) and getattr(node.value, "id", None)
+        if word and word not in known:
             lines[node.lineno - 1] = lines[node.lineno - 1].replace(word, "", 1)
     return "\n".join(lines)
 
@@ -715,18 +706,15 @@ def hoist(code):
 
 def with_helpers(code, blocks):
     """Code with the imports, functions, classes and constants that only the other blocks have."""
-    with PARSING:
-        wanted, have = judge.global_names([code])
-    helpers = []
-    for block in reversed([block for block in blocks if parse(block)]):
-        for node in reversed(parse(block).body):
-            names, helper = names_of(node), ast.unparse(node)
-            if names & wanted - have:
-                helpers.insert(0, helper)
-                have |= names
-                with PARSING:
-                    wanted |= judge.global_names([helper])[0]
-    return hoist("".join(helper + "\n" for helper in helpers) + code) if helpers else code
+    wanted, have = judge.global_names([code])
+    nodes = [node for block in blocks if parse(block) for node in parse(block).body]
+    for node in reversed(nodes):
+        if names_of(node) & wanted - have:
+            helper = ast.unparse(node)
+            used, bound = judge.global_names([helper])
+            wanted, have = wanted | used, have | bound
+            code = hoist(f"{helper}\n{code}")
+    return code
 
 
 def longest_program(prefix, code, name):
