@@ -653,12 +653,8 @@ def forms(prefix, code, name):
     if looks_defined(body, name) or not prefix:
         yield start + (code if looks_defined(code, name) else body)
     yield prefix + code  # its body
-    first, *others = code.split("\n")
-    indented = [x for x in others if x[:1].isspace() and x.strip()]
-    width = min((len(x) - len(x.lstrip()) for x in indented), default=0)
-    if width > 1 and len(first) - len(first.lstrip()) == width - 1:
-        yield f"{prefix} {code}"  # some tokenizers drop a blank at the start
-    yield start + code
+    if re.match(r"( +)\S(?s:.*)\n\1 \S", code):  # some tokenizers drop a blank at the start
+        yield f"{prefix} {code}"
     indents = {len(line) - len(line.lstrip(" ")) for line in rest.splitlines() if line.strip()}
     for indent in {max(indents, default=0) + 4: 0, 4: 0}:
         yield prefix.rstrip() + "\n" + textwrap.indent(body, " " * indent)
