@@ -199,11 +199,8 @@ def enter_namespaces():
         libc("prctl", SET_DUMPABLE, 1, 0, 0, 0)  # or /proc/self belongs to root
     uid, gid = os.getuid(), os.getgid()
     libc("unshare", NAMESPACES | NEW_USER)
-    for name, text in (
-        ("setgroups", "deny"),
-        ("uid_map", f"{uid} {uid} 1"),
-        ("gid_map", f"{gid} {gid} 1"),
-    ):
+    maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
+    for name, text in maps.items():
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
 
@@ -352,7 +349,7 @@ def take_on_walls(paths, scratch, namespaces):
     set_limit(resource.RLIMIT_NOFILE, OPEN_FILES)
     if os.getuid():
         set_limit(resource.RLIMIT_NPROC, processes)
-    layers = {"namespaces": namespaces, "landlock": 0, "seccomp": False, "uid": os.getuid()}
+    layers = {"namespaces": namespaces, "landlock": 0, "seccomp": False}
     rules = None
     with contextlib.suppress(OSError):
         layers["landlock"], rules = landlock(paths, [os.path.dirname(scratch), "/dev/null"])
