@@ -170,22 +170,18 @@ def result_of(outcome, count, token, trust):
     """The Result of a job from what J said of each test, and what Z says of the end."""
     found = [said for said in outcome.said if not isinstance(said, dict)]
     first = next((said for said in found if said != 1), None)
-    if failure := outcome.last("failure") or first:
-        status, error = outcome.named(failure)
-    elif outcome.reason != "ended" or outcome.last("token") != token or len(found) != count:
-        status, error = outcome.failure()
-    elif not outcome.last("asked"):
-        status, error = "error", "the tests asked nothing of the candidate"
-    else:
-        status, error = "passed", ""
+    broken = outcome.last("token") != token or len(found) != count
+    failure = outcome.failure(first, broken)
+    if not failure and not outcome.last("asked"):
+        failure = "error", "the tests asked nothing of the candidate"
+    status, error = failure or ("passed", "")
     held = sum(said == 1 for said in found[:count])
-    passed = status == "passed"
-    return Result(status, passed, held, count, outcome.seconds, outcome.output, error, trust)
+    return Result(status, not failure, held, count, outcome.seconds, outcome.output, error, trust)
 
 
 def run_program(job, pool):
     """Run the program for each test. All together may take ten times the limit of one."""
-    status, error, held, seconds, stdout = "passed", "", 0, 0.0, ""
+    failure, held, seconds, stdout = None, 0, 0.0, ""
     try:
         inputs = [test["input"].encode() for test in job.tests]
     except (TypeError, ValueError) as reason:  # half a surrogate pair, or statements among them
@@ -198,18 +194,13 @@ def run_program(job, pool):
                 outcome = pool.run("program", (job.code,), job, stdin)
             seconds += outcome.seconds
             stdout = stdout or outcome.output[: walls.KEEP_OUTPUT]
-            now = "passed", ""
-            if failure := outcome.last("failure"):
-                now = outcome.named(failure)
-            elif outcome.reason != "ended" or outcome.exit_status:
-                now = outcome.failure()
-            elif not judge.same_output(test["output"], outcome.output):
+            now = outcome.failure(None, outcome.exit_status)
+            if not now and not judge.same_output(test["output"], outcome.output):
                 now = "failed", "the output is not the one expected"
-        held += now[0] == "passed"
-        if status == "passed":
-            status, error = now
-    passed = status == "passed"
-    return Result(status, passed, held, len(job.tests), seconds, stdout, error, "split")
+        held += not now
+        failure = failure or now
+    status, error = failure or ("passed", "")
+    return Result(status, not failure, held, len(job.tests), seconds, stdout, error, "split")
 
 
 # ---------------------------------------- workers
@@ -229,15 +220,13 @@ class Outcome:
     def last(self, key):
         return self.said[-1].get(key) if self.said and isinstance(self.said[-1], dict) else None
 
-    def named(self, failure):
-        """(status, error) as J or U gives it. U can write anything."""
-        if not isinstance(failure, list) or len(failure) != 2:
-            return "error", ""
-        status, error = failure
-        return status if status in FAILURES else "error", str(error)
-
-    def failure(self):
-        """(status, error) of a job that did not come to its end."""
+    def failure(self, said, broken):
+        """(status, error) as J or U gives it, or of a job that is `broken` off; else None."""
+        if said := self.last("failure") or said:
+            status, error = said if isinstance(said, list) and len(said) == 2 else ("error", "")
+            return status if status in FAILURES else "error", str(error)  # U can write anything
+        if self.reason == "ended" and not broken:
+            return None
         if self.reason == "lost":
             return "error", "the worker died three times"
         if self.reason in ("timeout", "output"):
@@ -718,7 +707,7 @@ def longest_program(prefix, code, name):
 
     Nothing goes out of the middle of a function: what does not compile there is not right.
     """
-    if not code.strip() or len(code) > 20_000:
+    if len(code) > 20_000:
         return None
     lines = code.split("\n")
     first, starts, before = re.compile(r"(def|class|import|from|async def)\b|@|\w+ *="), [], ""
@@ -734,7 +723,7 @@ def longest_program(prefix, code, name):
         end = len(lines)
         for _ in range(20):  # up to the first statement that is no Python, as the parser sees it
             part = "\n".join(lines[start:end]) + "\n"
-            if part.strip() and (whole := assemble(prefix, part, name)):
+            if whole := assemble(prefix, part, name):
                 return whole
             size = part.count("\n")
             reach = max(error_line(f) - f.count("\n") + size for f in forms(prefix, part, name))

@@ -620,13 +620,6 @@ GUARDS = {
         ADD,
         dict(trust="in_process"),
     ),
-    "a failure is no pass": (
-        'status if status in FAILURES else "error"',
-        "status",
-        FIND + "say(frame([0, ['passed', '']]))\ndef f(x): return 0",
-        ["assert f(1) == 3"],
-        {},
-    ),
     "named builtins are types": (
         "isinstance(found := getattr(builtins, parts), type) or found is ...",
         "found := getattr(builtins, parts)",
@@ -759,8 +752,8 @@ GUARDS = {
         {},
     ),  # HumanEval/38
     "a question": (
-        'elif not outcome.last("asked"):',
-        "elif 0:",
+        'if not failure and not outcome.last("asked"):',
+        "if 0:",
         "def f(x): return 1",
         ["for i in []: assert f(i) == 3"],
         {},
@@ -948,6 +941,12 @@ def test_random_inputs_are_the_same_every_time():
         for _ in range(2)
     ]
     assert draws[0] == draws[1] != ""
+
+
+def test_a_failure_that_says_passed_is_an_error():
+    code = FIND + "say(frame([0, ['passed', '']]))\ndef f(x): return 0"
+    result = sandbox.run(code, ["assert f(1) == 3"], entry_point="f")
+    assert not result.passed and result.status == "error"
 
 
 def test_true_answers_sent_by_hand_count_as_answers():
