@@ -774,10 +774,8 @@ def read_jsonl(path, fields, unique=(), check=None):
         for item in record.items():
             try:
                 json.dumps(item, ensure_ascii=False).encode()
-            except RecursionError:
-                fail(f"{place}: nested too deep; repair or delete the line")
-            except UnicodeEncodeError:
-                fail(f"{place}: field {item[0]!a} holds half of a surrogate pair; repair it")
+            except (RecursionError, UnicodeEncodeError) as error:  # half of a surrogate pair
+                fail(f"{place}: field {item[0]!a} cannot be written ({error}); repair it")
         for name, types in fields.items():
             value = record.setdefault(name, None)
             allowed = types if isinstance(types, tuple) else (types,)
@@ -796,12 +794,11 @@ def read_jsonl(path, fields, unique=(), check=None):
 
 def _lines(path):
     """(place, text) of each line of a UTF-8 file that is not blank."""
-    if os.path.isdir(path) or not os.path.exists(path):
-        what = "is a folder" if os.path.isdir(path) else "does not exist"
-        fail(f"{path} {what}; a file is needed: run the stage that writes it first (README)")
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except FileNotFoundError:
+        fail(f"{path} does not exist; run the stage that writes it first (README)")
     except (OSError, EOFError, zlib.error) as error:
         fail(f"{path} cannot be read ({error})")
     for number, line in enumerate(lines, 1):
@@ -837,9 +834,7 @@ def check_tests(problem, place):
     problem["prefix"] = problem["prefix"] or ""
     problem["setup"] = problem["setup"] or ""
     if not problem["tests"]:
-        fail(
-            f"{place}: field 'tests' is empty, so nothing could pass; add tests or drop the problem"
-        )
+        fail(f"{place}: field 'tests' is empty, so nothing could pass; add one or drop the problem")
     for test in problem["tests"]:
         stdin = isinstance(test, dict) and all(
             isinstance(test.get(name), str) for name in ("input", "output")
@@ -871,6 +866,12 @@ def verdict(result):
     }
 
 
+def job_of(problem, response, **options):
+    """The job, as `run_many` takes it, of a response to a problem."""
+    given = {name: problem[name] for name in ("tests", "setup", "entry_point")}
+    return {"code": program(problem, response)} | given | options
+
+
 def run_tests(problems, responses, *, timeout=3.0, workers=0, progress=None):
     """Run responses against the tests of their problems, identical programs once.
 
@@ -880,17 +881,15 @@ def run_tests(problems, responses, *, timeout=3.0, workers=0, progress=None):
         progress: label of a tqdm bar, or None for silence.
     Returns: list of Result, in order.
     """
-    jobs, index, keys = [], {}, []
+    jobs, keys = {}, []
     for problem, response in zip(problems, responses, strict=True):
-        key = problem["task_id"], program(problem, response)
-        keys.append(key)
-        if key not in index:
-            index[key] = len(jobs)
-            job = {"code": key[1], "timeout": timeout}
-            jobs.append(job | {name: problem[name] for name in ("tests", "setup", "entry_point")})
+        job = job_of(problem, response, timeout=timeout)
+        keys.append((problem["task_id"], job["code"]))
+        jobs[keys[-1]] = job
     with progress_bar(len(jobs), progress) as bar:
-        results = run_many(jobs, workers or None, on_result=lambda index, result: bar.update())
-    return [results[index[key]] for key in keys]
+        results = run_many(list(jobs.values()), workers, lambda index, result: bar.update())
+    results = dict(zip(jobs, results))
+    return [results[key] for key in keys]
 
 
 # ---------------------------------------- what a stage has finished
@@ -961,7 +960,7 @@ def finished(cfg, directory, resume=False):
     `stage_config.json` is the last file that a stage writes, so it marks the output as complete.
     `state_config.json` stands beside the saved state of a run that --resume can go on with.
     """
-    directory = Path(directory)
+    directory, advice = Path(directory), "delete it or choose another --out"
     if not directory.exists():
         parent = next(parent for parent in directory.absolute().parents if parent.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
@@ -970,8 +969,8 @@ def finished(cfg, directory, resume=False):
     marks = [directory / name for name in ("stage_config.json", "state_config.json")]
     complete, resumable = (mark.is_file() for mark in marks)
     if not complete and not (resumable and resume):
-        advice = "add --resume to go on, or " if resumable else ""
-        fail(f"{directory} holds no finished run; {advice}delete it or choose another --out")
+        resuming = "add --resume to go on, or " if resumable else ""
+        fail(f"{directory} holds no finished run; {resuming}{advice}")
     mark = marks[0 if complete else 1]
     try:
         old = dict(json.loads(mark.read_text(encoding="utf-8")))
@@ -979,13 +978,10 @@ def finished(cfg, directory, resume=False):
         fail(f"{mark} is damaged; delete {directory} or choose another --out")
     new = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_FLAGS}
     if not new.keys() <= old.keys():
-        fail(f"{directory} is of another stage or version; delete it or choose another --out")
+        fail(f"{directory} is of another stage or version; {advice}")
     changed = [f"{k} was {old[k]!r}, now {v!r}" for k, v in new.items() if old[k] != v]
     if changed:
-        fail(
-            f"{directory} was made with other settings ({'; '.join(changed)}); "
-            "delete it or choose another --out"
-        )
+        fail(f"{directory} was made with other settings ({'; '.join(changed)}); {advice}")
     if complete:
         drop_state(directory)
         print(f"{directory} is finished; delete it to run this stage again")
@@ -1154,12 +1150,8 @@ def score_file(args):
         if sample["task_id"] not in problems:
             fail(f"{args.samples}, sample {number}: field 'task_id' is not in {args.problems}")
     start, end = scored_already(args.output, samples)
-    jobs = []
-    for sample in samples[start:]:
-        problem = problems[sample["task_id"]]
-        job = {name: problem[name] for name in ("tests", "setup", "entry_point")}
-        job |= {"trust": args.trust, "timeout": args.timeout, "memory_mb": args.memory_mb}
-        jobs.append(job | {"code": program(problem, sample["response"])})
+    options = {"trust": args.trust, "timeout": args.timeout, "memory_mb": args.memory_mb}
+    jobs = [job_of(problems[s["task_id"]], s["response"], **options) for s in samples[start:]]
     if not jobs:
         return
     try:
