@@ -460,9 +460,7 @@ def close():
 
 # ---------------------------------------- from a response to a program
 
-FENCE = re.compile(
-    r"^(?P<before>.*?)(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)[ \t]*$", re.M
-)
+FENCE = re.compile(r"(?m)^(?P<before>.*?)(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)[ \t]*$")
 PYTHON = ("", "python", "python3", "py", "py3")
 TAG = re.compile(r"^\[/?[A-Z]+\][ \t]*$", re.M)  # [PYTHON], [BEGIN] and [DONE] around code
 
@@ -550,9 +548,6 @@ def parse(code):
             return None
 
 
-IMPORT = (ast.Import, ast.ImportFrom)
-
-
 def names_of(node):
     """The names that a statement at the top of a module binds."""
     match node:
@@ -575,7 +570,8 @@ def is_stub(node):
         methods = [n for n in node.body if isinstance(n, judge.FUNCTION)]
         return bool(methods) and all(map(is_stub, methods))
     does = (ast.Call, ast.Yield, ast.YieldFrom, ast.Await)
-    body = [n for n in getattr(node, "body", [node]) if not isinstance(n, (ast.Pass, *IMPORT))]
+    nothing = (ast.Pass, ast.Import, ast.ImportFrom)
+    body = [n for n in getattr(node, "body", [node]) if not isinstance(n, nothing)]
     idle = [n for n in body if isinstance(n, ast.Expr)]
     return idle == body and not any(isinstance(x, does) for n in idle for x in ast.walk(n))
 
@@ -652,14 +648,16 @@ def forms(prefix, code, name):
 
 def in_class(header, code, name):
     """Methods below the header of their class; what has no `self` before it or behind it."""
-    parts = {"before": "", "methods": "", "behind": ""}
-    for node in parse(code).body if parse(code) else ():
-        arguments = getattr(node, "args", None)
-        kind = "before" if names_of(node) and name not in judge.loaded([node]) else "behind"
-        kind = "methods" if arguments and "self" in [a.arg for a in arguments.args] else kind
-        parts[kind] += ast.unparse(node) + "\n"
-    methods = textwrap.indent(parts["methods"] or code, "    ")
-    return parts["before"] + header + methods + parts["behind"]
+    before = methods = behind = ""
+    for node in getattr(parse(code), "body", ()):
+        text = ast.unparse(node) + "\n"
+        if isinstance(node, judge.FUNCTION) and "self" in [a.arg for a in node.args.args]:
+            methods += text
+        elif names_of(node) and name not in judge.loaded([node]):
+            before += text
+        else:
+            behind += text
+    return before + header + textwrap.indent(methods or code, "    ") + behind
 
 
 def assemble(prefix, code, name):
