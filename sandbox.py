@@ -342,18 +342,17 @@ class Worker:
 
         Returns: the Outcome, or None when the worker has died.
         """
-        line, theirs = socket.socketpair()
-        link = ()
+        line, *ends = socket.socketpair()
         if kind == "split":  # U finds its program, as far as it fits, and J hands on the rest
-            link = socket.socketpair()
+            ends += socket.socketpair()
             code = judge.encoded(data[0])
-            sent = link[0].send(code, socket.MSG_DONTWAIT)
+            sent = ends[1].send(code, socket.MSG_DONTWAIT)
             data = (code[sent:], *data[1:])
         data = marshal.dumps(data)
         self.control.settimeout(4 * timeout + PATIENCE)
         line.setblocking(False)
         with line:
-            fds = [theirs.fileno(), *[end.fileno() for end in link]]
+            fds = [end.fileno() for end in ends]
             if stdin:
                 stdin.seek(0)
                 fds.append(stdin.fileno())
@@ -361,7 +360,7 @@ class Worker:
             try:
                 sent = line.send(data)  # what fits is there before J asks for it
                 socket.send_fds(self.control, [head], fds)
-                for end in (theirs, *link):
+                for end in ends:
                     end.close()
                 line.settimeout(PATIENCE)
                 with contextlib.suppress(ConnectionError):  # U has died before it took the job
@@ -1176,8 +1175,7 @@ def scored_already(path, samples):
             break  # cut off: written again
         try:
             record = json.loads(line)
-            given = {name: value for name, value in samples[count].items() if name not in VERDICT}
-            same = "status" in record and {name: record.get(name) for name in given} == given
+            same = record == samples[count] | {name: record[name] for name in VERDICT}
         except (ValueError, LookupError, AttributeError, TypeError):
             same = False
         if not same:
