@@ -560,6 +560,14 @@ def names_of(node):
     return set()
 
 
+def source(node):
+    """The text of a statement, or none if it is nested too deep for Python to write it."""
+    try:
+        return ast.unparse(node)
+    except RecursionError:
+        return ""
+
+
 def is_stub(node):
     """A function that does nothing: a docstring, `...`, imports; a class with such functions only.
 
@@ -649,7 +657,7 @@ def in_class(header, code, name):
     """Methods below the header of their class; what has no `self` before it or behind it."""
     before = methods = behind = ""
     for node in getattr(parse(code), "body", ()):
-        text = ast.unparse(node) + "\n"
+        text = source(node) + "\n"
         if isinstance(node, judge.FUNCTION) and "self" in [a.arg for a in node.args.args]:
             methods += text
         elif names_of(node) and name not in judge.loaded([node]):
@@ -692,7 +700,7 @@ def with_helpers(code, blocks):
     nodes = [node for block in blocks if parse(block) for node in parse(block).body]
     for node in reversed(nodes):
         if names_of(node) & wanted - have:
-            helper = ast.unparse(node)
+            helper = source(node)
             used, bound = judge.global_names([helper])
             wanted, have = wanted | used, have | bound
             code = hoist(f"{helper}\n{code}")

@@ -395,6 +395,8 @@ def test_program_of_a_problem_without_prefix_or_entry_point():
         "x = " * 50000,
         "\n" * 10**5,
         "```a`b\nx\n```",
+        f"```\ndef g(x): return {'+'.join('x' * 900)}\n```\n```\ndef solve(xs): return g(xs)\n```",
+        f"def go(self, x): return {'+'.join('x' * 900)}\n",
     ],
 )
 def test_program_never_raises(response):
