@@ -348,7 +348,7 @@ class Answers:
 
     def keep(self, x):
         """A handle for an object that stays here, alive, so that its id stays its own."""
-        key = self.keys.setdefault(id(x), str(len(self.keys)))
+        key = self.keys.setdefault(id(x), str(len(self.objects)))
         self.objects[key] = x
         return {"h": key}
 
