@@ -49,26 +49,20 @@ def attributes(names):
     return lambda x, base: [getattr(x, name) for name in names.split()]
 
 
-# type: the arguments that make x again. Its base class is asked, so that no override answers.
-SHAPES = {
-    "tuple": lambda x, base: [list(base.__iter__(x))],
-    "set": lambda x, base: [list(base.__iter__(x))],
-    "frozenset": lambda x, base: [list(base.__iter__(x))],
-    "bytes": lambda x, base: [base.decode(x, "latin-1"), "latin-1"],
-    "bytearray": lambda x, base: [base.decode(x, "latin-1"), "latin-1"],
+# types: the arguments that make x again. Its base class is asked, so that no override answers.
+FORMS = {
+    "tuple set frozenset": lambda x, base: [list(base.__iter__(x))],
+    "bytes bytearray": lambda x, base: [base.decode(x, "latin-1"), "latin-1"],
     "dict": lambda x, base: [[[k, v] for k, v in dict.items(x)]],
     "complex": attributes("real imag"),
     "array.array": lambda x, base: [x.typecode, base.tolist(x)],
-    "range": attributes("start stop step"),
-    "slice": attributes("start stop step"),
+    "range slice": attributes("start stop step"),
     "dict_keys": lambda x, base: [dict.fromkeys(x)],
     "dict_values": lambda x, base: [dict(enumerate(x))],
     "dict_items": lambda x, base: [dict(x)],
-    "collections.Counter": lambda x, base: [dict(base.items(x))],
-    "collections.OrderedDict": lambda x, base: [dict(base.items(x))],
+    "collections.Counter collections.OrderedDict": lambda x, base: [dict(base.items(x))],
     "collections.defaultdict": lambda x, base: [x.default_factory, dict(base.items(x))],
     "collections.deque": lambda x, base: [list(base.__iter__(x)), x.maxlen],
-    "decimal.Decimal": lambda x, base: [base.__str__(x)],
     "fractions.Fraction": attributes("numerator denominator"),
     "datetime.timezone": lambda x, base: [base.utcoffset(x, None)],
     "datetime.timedelta": attributes("days seconds microseconds"),
@@ -76,12 +70,12 @@ SHAPES = {
     "datetime.time": attributes("hour minute second microsecond tzinfo"),
     "datetime.datetime": attributes("year month day hour minute second microsecond tzinfo"),
     "zoneinfo.ZoneInfo": attributes("key"),
-    "pathlib.PurePosixPath": lambda x, base: [base.__str__(x)],
-    "pathlib.PosixPath": lambda x, base: [base.__str__(x)],
-    "uuid.UUID": lambda x, base: [base.__str__(x)],
-    "numpy.generic": lambda x, base: [x.dtype.str, x.item()],
-    "numpy.ndarray": lambda x, base: [x.dtype.str, list(x.shape), base.tolist(x)],
+    "decimal.Decimal uuid.UUID pathlib.PurePosixPath pathlib.PosixPath": lambda x, base: [
+        base.__str__(x)
+    ],
+    "numpy.generic numpy.ndarray": lambda x, base: [base.tolist(x), x.dtype.str, x.shape],
 }
+SHAPES = {name: form for names, form in FORMS.items() for name in names.split()}
 
 
 def pack(x, other, depth=0):
@@ -155,7 +149,7 @@ def unpack(data, handle):
     module, _, name = tag.rpartition(".")
     module = __import__(module or "builtins")
     if module.__name__ == "numpy":
-        return wide_numpy(module, name, parts)
+        return wide_numpy(module, name, *parts)
     return getattr(module, name)(*parts)
 
 
@@ -170,19 +164,14 @@ def member(class_name, name, value):
     return base(class_name, {name: value})[name]
 
 
-def wide_numpy(numpy, name, parts):
+def wide_numpy(numpy, name, values, dtype, shape):
     """An array or number of numpy, never of a narrow float.
 
     Numpy rounds what it is compared with to that type: float16("inf") == 70000 is true.
     """
-    if name == "generic":
-        x = numpy.dtype(parts[0]).type(parts[1])
-    else:
-        x = numpy.array(parts[2], parts[0]).reshape(parts[1])
-    wide = {"e": float, "f": float, "F": complex}.get(x.dtype.char)
-    if not wide:
-        return x
-    return x.astype(wide) if x.shape or name == "ndarray" else wide(x)
+    x = numpy.array(values, dtype).reshape(shape)
+    x = x.astype({"e": float, "f": float, "F": complex}.get(x.dtype.char, dtype))
+    return x if name == "ndarray" else x[()]
 
 
 # The C functions below json.dumps and json.loads: a new process runs as little Python as it can,

@@ -732,8 +732,8 @@ GUARDS = {
         {},
     ),
     "no narrow floats of numpy": (
-        "    if not wide:",
-        "    if 1:",
+        '{"e": float, "f": float, "F": complex}',
+        "{}",
         "import numpy as np\nA = [np.float16('inf'), np.float16(2 * 3.1415926 * 10), np.array([np.inf, np.inf], 'float16')]\ndef f(n): return A[n]",
         [
             "assert f(0) == 10**30",

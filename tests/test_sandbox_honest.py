@@ -281,8 +281,8 @@ def test_setup_runs_after_the_candidate_and_sees_its_classes():
             "s = f()\nassert len(s) == len(s) == 0 and not s\ns.add()\nassert len(s) == 1 and not s\ns.add()\nassert len(s) == 2 and s",
         ),
         (
-            "import numpy as np\ndef f(): return np.float32(0.5), np.float64(0.1), np.ones(3, 'float32')",
-            "a, b, c = f()\nassert a == 0.5 and b == 0.1 and c.dtype == 'float64' and (c == 1).all()",
+            "import numpy as np\ndef f(): return np.float32(0.5), np.float64(0.1), np.ones(3, 'float32'), np.datetime64(5, 'ns')",
+            "a, b, c, d = f()\nassert d == np.datetime64(5, 'ns') and a == 0.5 and b == 0.1 and c.dtype == 'float64' and (c == 1).all()",
         ),
     ],
 )
