@@ -285,13 +285,9 @@ FUNCTIONS = """bool len int float complex bytes round iter next str repr hash fo
 ACTIONS = {name: getattr(operator, f"__{name}__") for name in OPERATORS.split()}
 ACTIONS |= {name: getattr(builtins, name) for name in FUNCTIONS.split()}
 ACTIONS |= {name: getattr(math, name) for name in ("floor", "ceil", "trunc")}
-ACTIONS |= {
-    "call": lambda f, /, *args, **kwargs: f(*args, **kwargs),
-    "method": lambda x, name, /, *args, **kwargs: getattr(x, name)(*args, **kwargs),
-    "read": lambda x: x,
-    "copy": copy.copy,
-    "deepcopy": copy.deepcopy,
-}
+ACTIONS |= {"call": operator.call, "copy": copy.copy, "deepcopy": copy.deepcopy}
+ACTIONS["read"] = lambda x: x
+ACTIONS["method"] = lambda x, name, /, *args, **kwargs: getattr(x, name)(*args, **kwargs)
 
 
 def answer(size, line):
