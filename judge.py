@@ -339,32 +339,32 @@ class Answers:
 
     def serve(self, judge, flush):
         while True:
-            number, action, args, kwargs = judge.receive()
+            number, action, args, names = judge.receive()
             try:
-                reply = message([number, "value", *self.act(action, args, kwargs)])
+                reply = message([number, "value", *self.act(action, args, names)])
             except BaseException as error:
                 reply = self.error(number, error)
             flush()
             judge.send(reply)
 
-    def act(self, action, args, kwargs):
-        """[value], or all that J has to know: [value, arguments, keywords, number, changes].
+    def act(self, action, args, names):
+        """[value], or all that J has to know: [value, arguments, number, changes].
 
-        The arguments where the candidate has changed them in place; the number under which it keeps
-        this container, if it does; and what became of those that it kept before.
+        The arguments, of which the last have names, where the candidate has changed them in place;
+        the number under which it keeps this container, if it does; and what became of those that it
+        kept before.
         """
         real = unpack(args, self.find)
-        named = {k: unpack(v, self.find) for k, v in kwargs.items()} if kwargs else {}
-        value = ACTIONS[action](*real, **named)
+        count = len(real) - len(names)
+        value = ACTIONS[action](*real[:count], **dict(zip(names, real[count:])))
         shared = isinstance(value, CHANGEABLE) and sys.getrefcount(value) > 2  # our name, its own
         packed = pack(value, self.keep)
         changes = self.changes() if self.kept else {}
         number = self.number_of(value, packed) if shared else None
         now = [sent if is_handle(sent) else pack(x, self.keep) for sent, x in zip(args, real)]
-        now_named = {k: pack(v, self.keep) for k, v in named.items()} if named else {}
-        if now == args and now_named == kwargs and number is None and not changes:
+        if now == args and number is None and not changes:
             return [packed]
-        return [packed, now, now_named, number, changes]
+        return [packed, now, number, changes]
 
     def number_of(self, value, packed):
         """A number for a container that somebody beside this request refers to, None if large."""
@@ -435,14 +435,15 @@ class Remote:
         self.over = error
         raise error
 
-    def reply(self):
-        while True:
-            try:
+    def reply(self, request=b""):
+        try:
+            self.line.send(request)
+            while True:
                 reply = self.line.receive()
-            except (EOFError, OSError):
-                self.stop(Gone())
-            if type(reply) is list and len(reply) > 1 and reply[0] == self.number:
-                return reply[1:]
+                if type(reply) is list and len(reply) > 1 and reply[0] == self.number:
+                    return reply[1:]
+        except (EOFError, OSError):
+            self.stop(Gone())
 
     def handle(self, key):
         if type(key) is not str:
@@ -472,26 +473,19 @@ class Remote:
                 if kind is UnderTest or key in asked:
                     del self.lengths[key]
                     self.yielded.discard(key)
+        args += tuple(kwargs.values())
         sent = [{"h": x._key} if isinstance(x, Proxy) else pack(x, self.refuse) for x in args]
-        named = {k: pack(v, self.refuse) for k, v in kwargs.items()} if kwargs else {}
         self.number += 1
-        request = message([self.number, action, sent, named])
-        try:
-            self.line.send(request)
-        except OSError:
-            self.stop(Gone())
-        kind, *parts = self.reply()
+        kind, *parts = self.reply(message([self.number, action, sent, list(kwargs)]))
         if kind == "error":
             raise self.error(action, *parts)
         try:
             value = unpack(parts[0], self.handle)
             if len(parts) == 1:
                 return value
-            _, now, named, number, changes = parts
+            _, now, number, changes = parts
             for old, new in zip(args, unpack(now, self.handle)):
                 change(old, new)
-            for name in kwargs:
-                change(kwargs[name], unpack(named[name], self.handle))
             for key, new in changes.items():
                 change(self.kept[key], unpack(new, self.handle))
             if number is not None:

@@ -396,7 +396,7 @@ def rehearse():
     requests, replies = judge.message("def f(x):\n    return x\n"), judge.message([0, None])
     for number, (x, y) in enumerate(values, 1):
         x, y = judge.pack(x, None), judge.pack(y, None)
-        requests += judge.message([number, "call", [{"h": "g:f"}, x], {}])
+        requests += judge.message([number, "call", [{"h": "g:f"}, x], []])
         replies += judge.message([number, "value", y])
     main = sys.modules["__main__"]
     both = (judge.judge, len(job), job, replies), (judge.answer, 0, requests)
