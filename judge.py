@@ -446,13 +446,7 @@ class Remote:
             self.stop(Gone())
 
     def handle(self, key):
-        if type(key) is not str:
-            raise ValueError("bad handle")
-        return Proxy(self, key)
-
-    def named(self, name):
-        """A global name of the candidate. The tests name a class with a capital letter."""
-        return (UnderTest if name[:1].isupper() else Proxy)(self, "g:" + name)
+        return Proxy(self, str(key))
 
     def refuse(self, x):
         """Send the key of a Proxy; give up on anything else that is no plain data."""
@@ -709,8 +703,8 @@ def environment(remote, called, read, hidden, library):
     if hidden:
         known = vars(builtins).items()
         env["__builtins__"] = {name: x for name, x in known if name not in hidden}
-    for name in called:
-        env[name] = remote.named(name)
+    for name in called:  # the tests name a class with a capital letter
+        env[name] = (UnderTest if name[:1].isupper() else Proxy)(remote, "g:" + name)
     for name, module in library:
         with contextlib.suppress(ImportError):
             env[name] = getattr(__import__(module), name) if name in LIBRARY else __import__(module)
