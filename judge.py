@@ -555,7 +555,7 @@ class Proxy:
         return self._remote.ask("call", self, *args, **kwargs)
 
     def __getattr__(self, name):
-        if name.startswith("__") and name not in ("__name__", "__doc__"):
+        if name.startswith("__") and name != "__name__":
             raise AttributeError(name)
         if sys._getframe(1).f_code.co_filename != "tests.py":
             raise AttributeError(f"{name}: a library needs plain data here")
