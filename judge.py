@@ -518,14 +518,11 @@ def change(old, new):
         old[:] = [change(a, b) for a, b in zip(old, new)] + new[len(old) :]
     elif type(old) is tuple:
         return tuple([change(a, b) for a, b in zip(old, new)])
-    elif isinstance(old, (dict, set)):
+    elif isinstance(old, CHANGEABLE):
         if isinstance(old, dict):
             new = {k: change(old.get(k), v) for k, v in new.items()}
         old.clear()
-        old.update(new)
-    elif type(old) in (bytearray, collections.deque):
-        old.clear()
-        old.extend(new)
+        (old.update if isinstance(old, (dict, set)) else old.extend)(new)
     elif type(old).__name__ == "ndarray" and old.shape == new.shape:
         old[...] = new
     elif type(old).__name__ == "array":
