@@ -280,6 +280,7 @@ COMPUTE = """add mul truediv floordiv mod pow and or xor matmul lshift rshift
     iadd imul itruediv ifloordiv imod iand ior ixor"""
 OPERATORS = f"{COMPARE} {COMPUTE} eq abs neg pos invert index contains getitem setitem delitem"
 CONVERT = "int float complex bytes abs neg pos invert index round floor ceil trunc contains"
+ASKED = "getitem setitem delitem next str repr format reversed bool copy hash"
 FUNCTIONS = """bool len int float complex bytes round iter next str repr hash format reversed
     getattr setattr isinstance issubclass"""
 ACTIONS = {name: getattr(operator, f"__{name}__") for name in OPERATORS.split()}
@@ -576,9 +577,6 @@ class Proxy:
             return False
         return self._key == x._key or self._remote.ask("eq", self, x) is True
 
-    def __hash__(self):
-        return hash(self._remote.ask("hash", self))  # the bucket only; __eq__ decides
-
     def __iter__(self):
         iterator, count = self._remote.ask("iter", self), 0
         lengths = self._remote.lengths
@@ -614,9 +612,6 @@ class Proxy:
 
     def __subclasscheck__(self, x):
         return isinstance(x, Proxy) and self._remote.ask("issubclass", x, self) is True
-
-    def __copy__(self):
-        return self._remote.ask("copy", self)
 
     def __deepcopy__(self, memo):
         return self._remote.ask("deepcopy", self)
@@ -671,7 +666,7 @@ def with_data(action, swapped=False):
     return ask
 
 
-for _name in ("getitem", "setitem", "delitem", "next", "str", "repr", "format", "reversed", "bool"):
+for _name in ASKED.split():  # a hash only finds the bucket: __eq__ decides
     setattr(Proxy, f"__{_name}__", forward(_name))
 for _name in f"{COMPARE} {COMPUTE}".split():
     setattr(Proxy, f"__{_name}__", between(_name))
