@@ -565,7 +565,8 @@ class Proxy:
         return value
 
     def _method(self, name, /, *args, **kwargs):
-        if name in DATA_METHODS and (args or kwargs or name.startswith("is")):
+        data_is_due = type(self) is Proxy
+        if data_is_due and name in DATA_METHODS and (args or kwargs or name.startswith("is")):
             raise AttributeError(f"{name}: plain data is needed here")
         return self._remote.ask("method", self, name, *args, **kwargs)
 
@@ -633,9 +634,6 @@ class UnderTest(Proxy):
 
     def _own(self, value):
         return UnderTest(value._remote, value._key) if isinstance(value, Proxy) else value
-
-    def _method(self, name, /, *args, **kwargs):
-        return self._remote.ask("method", self, name, *args, **kwargs)
 
 
 def forward(action):
