@@ -1160,12 +1160,16 @@ def run_case(case):
 
 
 def run_tests(
-    codes, env, over, say, exec=exec, Failed=AssertionError, Any=BaseException, describe=describe
+    codes, seed, env, over, say, exec=exec, Failed=AssertionError, Any=BaseException, tell=describe
 ):
     """Run the compiled setup and tests in env, and say what came of each test.
 
     The same loop in J and in U. Our tools are arguments: a candidate in U can replace builtins.
     """
+    if seed:  # the same tests, the same label; and the candidate does not know the tests
+        import random
+
+        random.seed(seed)
     _, setup, *tests = marshal.loads(codes)
     said_first = False
     for number, test in enumerate(tests):
@@ -1175,20 +1179,13 @@ def run_tests(
                 exec(setup, env)
             exec(test, env)
         except Failed as error:
-            found = ["failed", describe(error)]
+            found = ["failed", tell(error)]
         except Any as error:
-            found = ["memory" if isinstance(error, MemoryError) else "error", describe(error)]
+            found = ["memory" if isinstance(error, MemoryError) else "error", tell(error)]
         if over():
             return
         say(1 if not found else 0 if said_first else found)
         said_first = said_first or bool(found)
-
-
-def seed_random(seed):
-    """The same tests, the same label; and the candidate does not know the tests."""
-    import random
-
-    random.seed(seed)
 
 
 def judge(size, line, link):
@@ -1203,12 +1200,10 @@ def judge(size, line, link):
     try:
         candidate.send(code)
         env = environment(remote, *names)
-        if seed:
-            seed_random(seed)
         failure = remote.reply()[0]
         if failure is not None:
             return say({"failure": failure})
-        run_tests(codes, env, lambda: remote.over, say)
+        run_tests(codes, seed, env, lambda: remote.over, say)
     except (Gone, OSError):
         pass
     if type(remote.over) is CannotSend:
@@ -1229,9 +1224,7 @@ def run_together(size, line):
     if failure:
         return say({"failure": failure})
     module.run_case = run_case
-    if seed:
-        seed_random(seed)
-    run_tests(codes, module.__dict__, bool, say)
+    run_tests(codes, seed, module.__dict__, bool, say)
     sys.stdout.flush()
     say({"asked": 1, "token": token})
 
