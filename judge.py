@@ -436,7 +436,7 @@ class Remote:
         self.over = error
         raise error
 
-    def reply(self, request=b""):
+    def reply(self, request):
         try:
             self.line.send(request)
             while True:
@@ -1194,18 +1194,16 @@ def judge(size, line, link):
     It says a line for each test: 1, [status, error] of the first that fails, 0 of others.
     Then the number of requests, and the token that shows that all has been said.
     """
-    caller, candidate = Line(line), Line(link)
     code, token, codes, seed, methods, *names = marshal.loads(take(line, size))
-    remote, say = Remote(candidate, methods), caller.say
+    remote, say = Remote(Line(link), methods), Line(line).say
+    env = environment(remote, *names)
     try:
-        candidate.send(code)
-        env = environment(remote, *names)
-        failure = remote.reply()[0]
-        if failure is not None:
-            return say({"failure": failure})
-        run_tests(codes, seed, env, lambda: remote.over, say)
-    except (Gone, OSError):
-        pass
+        failure = remote.reply(code)[0]
+    except Gone:
+        return
+    if failure is not None:
+        return say({"failure": failure})
+    run_tests(codes, seed, env, lambda: remote.over, say)
     if type(remote.over) is CannotSend:
         say({"one_process": str(remote.over)})
     elif not remote.over:
@@ -1214,8 +1212,7 @@ def judge(size, line, link):
 
 def run_together(size, line):
     """All of U where tests and candidate share it: here the token is no proof."""
-    caller = Line(line)
-    say = caller.say
+    say = Line(line).say
     code, token, codes, seed, *_ = marshal.loads(take(line, size))
     module = make_module(code)
     with contextlib.suppress(BaseException):
@@ -1234,7 +1231,6 @@ def run_program(size, line):
     import atexit
     import threading
 
-    caller = Line(line)
     (code,) = marshal.loads(take(line, size))
     sys.argv[:] = ["solution.py"]
     failure, exit_code, module = None, 0, make_module(code, "__main__")
@@ -1250,5 +1246,5 @@ def run_program(size, line):
     with contextlib.suppress(ValueError):
         sys.__stdout__.flush()
     if failure:
-        caller.say({"failure": failure})
+        Line(line).say({"failure": failure})
     return exit_code & 255
