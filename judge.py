@@ -985,8 +985,6 @@ def changes_what_is_shared(nodes, names, read):
     J and U have a copy each. An object of a class under test is one and the same, but what it holds
     is not: `stack.append(1)`, but `tree.children.append(1)`.
     """
-    if not read and not any(map(could_change, nodes)):
-        return False
     functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.Lambda))]
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
@@ -1035,16 +1033,6 @@ def changes_what_is_shared(nodes, names, read):
                         return True  # the candidate gets back a copy of what it holds
                     shared = [ast.unparse(x)] if isinstance(x, ast.Attribute) else loaded([x])
                     given = dict.fromkeys(shared, True) | given
-    return False
-
-
-def could_change(node):
-    """Whether this changes a container, if it is about one."""
-    match node:
-        case ast.Attribute(attr=word) | ast.Name(id=word):
-            return word in CHANGING | CHANGING_FIRST | {"add"}
-        case ast.Subscript(ctx=ast.Store() | ast.Del()) | ast.AugAssign():
-            return True
     return False
 
 
