@@ -737,7 +737,7 @@ def plan(setup, tests, entry_point):
         call_what_nobody_calls(trees, entry_point)
         trees.insert(0, ast.Module([n for n in trees[0].body if isinstance(n, EARLY)], []))
         codes = [compile(tree, "tests.py", "exec", dont_inherit=True) for tree in trees]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
+    nodes = [node for tree in trees for node in in_order(tree)]
     used, bound = global_names((setup, *tests))
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
@@ -999,7 +999,7 @@ def changes_what_is_shared(nodes, names, read):
             return not text[:1].isupper()  # f().append(1)
         return given.get(text) or text.startswith(tuple(x + end for x in given for end in ".["))
 
-    for node in in_order(nodes):
+    for node in nodes:
         match node:
             case (
                 ast.Assign(value=value)
@@ -1042,14 +1042,10 @@ def paired(target, value):
     return zip(targets, values if len(values) == len(targets) else [value] * len(targets))
 
 
-def in_order(nodes):
-    """The nodes of several trees that have a place in their source, in its order."""
-    tree, placed = 0, []
-    for node in nodes:
-        tree += isinstance(node, ast.Module)
-        if hasattr(node, "lineno"):
-            placed.append((tree, node.lineno, node.col_offset, len(placed), node))
-    return [node for *_, node in sorted(placed)]
+def in_order(tree):
+    """The nodes of a tree that have a place in its source, in that order."""
+    nodes = [node for node in ast.walk(tree) if hasattr(node, "lineno")]
+    return sorted(nodes, key=lambda node: (node.lineno, node.col_offset))
 
 
 def plain_import(node):
