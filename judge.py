@@ -828,13 +828,10 @@ def call_what_nobody_calls(trees, entry_point):
         inner = not runner and tree is not trees[0]
         tree.body = [n for node in tree.body for n in below_guard(node, inner, asserting)]
     body = [node for tree in trees for node in tree.body]
-    runs = [node for node in body if is_root(node, cases)]
-    others = [node for node in body if not is_root(node, cases)]
-    for node in runs:  # grows by the definitions that these use
-        found = [n for n in others if n.name in loaded([node])] if others else []
-        runs += found
-        others = [n for n in others if n not in found]
-    used = loaded(runs)
+    used, before = loaded([node for node in body if is_root(node, cases)]), None
+    while used != before:  # grows by what the definitions use that these use
+        before = used
+        used = used | loaded([node for node in body if getattr(node, "name", "") in used])
     bases = loaded([base for n in body if isinstance(n, ast.ClassDef) for base in n.bases])
     for tree in trees:
         calls, never = [], []
