@@ -1006,9 +1006,8 @@ def changes_what_is_shared(nodes, names, read):
             ) if loaded([value]) & (theirs | given.keys()):
                 plain = not any(name[:1].isupper() for name in loaded([value]) & theirs)
                 for target in getattr(node, "targets", 0) or [node.target]:
-                    for part, x in paired(target, value):
-                        if loaded([x]) & (theirs | given.keys()):
-                            given[ast.unparse(part)] = plain
+                    for part in getattr(target, "elts", [target]):
+                        given[ast.unparse(part)] = plain
             case ast.Subscript(value=place, ctx=ast.Store() | ast.Del()) if is_given(place):
                 return True
             case ast.AugAssign(target=place, value=ast.List() | ast.Set() | ast.Dict()) if (
@@ -1031,12 +1030,6 @@ def changes_what_is_shared(nodes, names, read):
                     shared = [ast.unparse(x)] if isinstance(x, ast.Attribute) else loaded([x])
                     given = dict.fromkeys(shared, True) | given
     return False
-
-
-def paired(target, value):
-    """(target, value) of each part of an assignment: `a, b = f(1), 0`, or `a, b = f(1)`."""
-    targets, values = (getattr(x, "elts", [x]) for x in (target, value))
-    return zip(targets, values if len(values) == len(targets) else [value] * len(targets))
 
 
 def in_order(tree):
