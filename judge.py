@@ -982,12 +982,11 @@ def changes_what_is_shared(nodes, names, read):
     J and U have a copy each. An object of a class under test is one and the same, but what it holds
     is not: `stack.append(1)`, but `tree.children.append(1)`.
     """
-    functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.Lambda))]
-    calls = [node for node in nodes if isinstance(node, ast.Call)]
-    called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
-    parameters = {arg.arg for f in functions for arg in f.args.args}
+    parameters = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
     theirs = names | parameters & called  # of `check(fn)`
-    theirs |= {f.name for f in functions if hasattr(f, "name") and loaded([f]) & theirs}
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    theirs |= {function.name for function in functions if loaded([function]) & theirs}
     given = dict.fromkeys(read, True)  # what is shared: whether it is plain data
 
     def is_given(place):
