@@ -1007,13 +1007,11 @@ def changes_what_is_shared(nodes, names, read):
                 for target in getattr(node, "targets", 0) or [node.target]:
                     for part in getattr(target, "elts", [target]):
                         given[ast.unparse(part)] = plain
-            case ast.Subscript(value=place, ctx=ast.Store() | ast.Del()) if is_given(place):
-                return True
-            case ast.AugAssign(target=place, value=ast.List() | ast.Set() | ast.Dict()) if (
-                given.get(ast.unparse(place))
-            ):
-                return True
-            case ast.Call(ast.Attribute(value=place, attr="add"), [_]) if is_given(place):
+            case (
+                ast.Subscript(value=place, ctx=ast.Store() | ast.Del())
+                | ast.AugAssign(target=place, value=ast.List() | ast.Set() | ast.Dict())
+                | ast.Call(ast.Attribute(value=place, attr="add"), [_])
+            ) if is_given(place):
                 return True
             case ast.Attribute(value=place, attr=word) if word in CHANGING and is_given(place):
                 return True
