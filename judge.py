@@ -958,9 +958,7 @@ def why_one_process(nodes, names, read):
                 return f"define the class {node.name}"
             case ast.Compare() if compares_identities(node, names):
                 return "compare identities"
-            case ast.List(elts=values) | ast.Tuple(elts=values) | ast.Call(args=values) if repeats(
-                node, values
-            ):
+            case ast.List() | ast.Tuple() | ast.Call() if repeats(node):
                 return "hold one object twice"
             case ast.BinOp(left=ast.List(elts=[first]), op=ast.Mult()) if not is_constant(first):
                 return "hold one object several times"
@@ -1062,8 +1060,9 @@ def is_constant(node):
     return False
 
 
-def repeats(node, values):
+def repeats(node):
     """`[row, row]`, but not the targets of an assignment: `_, _, x = f()`."""
+    values = node.args if isinstance(node, ast.Call) else node.elts
     names = [value.id for value in values if isinstance(value, ast.Name)]
     return len(set(names)) < len(names) and not isinstance(getattr(node, "ctx", None), ast.Store)
 
