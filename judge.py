@@ -925,7 +925,7 @@ def why_one_process(nodes, names, read):
     for node in nodes:
         match node:
             case ast.Name(id=word) | ast.Attribute(attr=word) | ast.keyword(arg=word) if (
-                word in SHARED - names
+                word in SHARED - names or re.fullmatch("__(?!name|init).*__", word or "")
             ):
                 return f"use {word}"
             case ast.Call(func=ast.Name(id="compile" | "id" | "callable" as word)):
@@ -940,8 +940,6 @@ def why_one_process(nodes, names, read):
                 word.startswith("__")
             ):
                 return f"ask for {word}"
-            case ast.Attribute(attr=word) if re.fullmatch("__(?!name|init).*__", word):
-                return f"use {word}"
             case ast.Name(id=word) if word in names and word.endswith(EXCEPTIONS):
                 return f"name the candidate's {word}"
             case ast.ExceptHandler(type=ast.AST() as kind) if not judged(kind, made):
