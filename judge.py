@@ -748,7 +748,7 @@ def plan(setup, tests, entry_point):
     read = {node.attr for node in attributes if id(node) not in functions}
 
     entry = first_name(entry_point)
-    names = {n for n in used - bound if not hasattr(builtins, n) and n != "run_case"} - {entry}
+    names = {n for n in used - bound if not hasattr(builtins, n)} - {entry}
     library = names & ((MODULES | {"np"}) - called | (LIBRARY.keys() if entry_point else set()))
     names = names - library | ({entry} & loaded(trees))  # it alone may hide a builtin
     called = names & (called | passed & {entry})
@@ -768,8 +768,7 @@ def first_name(entry_point):
     return re.match(r"\w*", entry_point or "")[0] or None
 
 
-FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
-DEFINITIONS = (*FUNCTION, ast.ClassDef)
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 EARLY = (ast.Import, ast.ImportFrom, ast.ClassDef)  # a candidate's annotations may name them
 BLOCKS = (*DEFINITIONS, ast.If, ast.For, ast.While)
 
@@ -792,8 +791,7 @@ def global_names(sources):
 
 def refuse_empty(tree):
     """Refuse a test that says nothing, or only compares."""
-    expressions = [node.value for node in tree.body if isinstance(node, ast.Expr)]
-    if len(tree.body) == sum(isinstance(value, ast.Constant) for value in expressions):
+    if all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in tree.body):
         raise ValueError("a test is empty")
     nodes = list(tree.body)
     for node in nodes:  # grows by what is in functions, classes, loops, conditions
@@ -887,7 +885,7 @@ def is_root(node, cases):
 def cases_in(body):
     """The names of the classes whose tests are run: of unittest, or as pytest has them."""
     aliases = [alias for n in body if isinstance(n, ast.ImportFrom) for alias in n.names]
-    unittest = {a.asname for a in aliases if a.name.endswith("TestCase")} - {None}
+    unittest = {a.asname for a in aliases if a.name.endswith("TestCase")}
     cases = set()
     for node in body:
         if not isinstance(node, ast.ClassDef):
@@ -948,7 +946,7 @@ def why_one_process(nodes, names, read):
                 return "expect an exception that is no builtin, or the judge's own"
             case ast.Import() | ast.ImportFrom() if not plain_import(node):
                 return f"import {getattr(node, 'module', None) or node.names[0].name}"
-            case ast.AsyncFunctionDef() | ast.Await() | ast.AsyncFor() | ast.AsyncWith():
+            case ast.AsyncFunctionDef():
                 return "are asynchronous"
             case ast.With() if not ast.unparse(node.items[0]).startswith("self."):
                 return "enter a context"
