@@ -740,12 +740,11 @@ def plan(setup, tests, entry_point):
     nodes = [node for tree in trees for node in in_order(tree)]
     used, bound = global_names((setup, *tests))
     calls = [node for node in nodes if isinstance(node, ast.Call)]
-    called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+    functions = {call.func for call in calls}
+    called = {f.id for f in functions if isinstance(f, ast.Name)}
     # A function's name as an argument, `check(f)`, is a function, too.
     passed = {arg.id for call in calls for arg in call.args if isinstance(arg, ast.Name)}
-    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
-    functions = {id(call.func) for call in calls}
-    read = {node.attr for node in attributes if id(node) not in functions}
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and n not in functions}
 
     entry = first_name(entry_point)
     names = {n for n in used - bound if not hasattr(builtins, n)} - {entry}
@@ -758,7 +757,7 @@ def plan(setup, tests, entry_point):
     seed = repr((setup, tests)) if any("random" in source for source in (setup, *tests)) else ""
     hidden = sorted(names & vars(builtins).keys())
     library = sorted((n, LIBRARY.get(n) or {"np": "numpy"}.get(n, n)) for n in library)
-    methods = {node.attr for node in attributes} - read  # only ever called
+    methods = {f.attr for f in functions if isinstance(f, ast.Attribute)} - read  # only called
     names = sorted(called), sorted(names - called), hidden, library
     return why, (marshal.dumps(codes), seed, methods, *names)
 
