@@ -795,14 +795,11 @@ def refuse_empty(tree):
     nodes = list(tree.body)
     for node in nodes:  # grows by what is in functions, classes, loops, conditions
         nodes += node.body if isinstance(node, BLOCKS) else []
-        if isinstance(node, ast.Expr) and compares(node.value):
+        value = node.value if isinstance(node, ast.Expr) else None
+        while isinstance(value, ast.BoolOp):  # `f(1) == 2 and f(2) == 3`
+            value = value.values[-1]
+        if isinstance(value, ast.Compare):
             raise ValueError(f"line {node.lineno}: a comparison without `assert` tests nothing")
-
-
-def compares(value):
-    if isinstance(value, ast.BoolOp):
-        return compares(value.values[-1])
-    return isinstance(value, ast.Compare)
 
 
 def loaded(nodes):
