@@ -828,8 +828,8 @@ def call_what_nobody_calls(trees, entry_point):
         used = used | loaded([node for node in body if getattr(node, "name", "") in used])
     bases = loaded([base for n in body if isinstance(n, ast.ClassDef) for base in n.bases])
     for tree in trees:
-        calls, never = [], []
-        for node in tree.body:
+        calls = []
+        for node in list(tree.body):
             name = getattr(node, "name", "")
             run = "__import__('asyncio').run" * isinstance(node, ast.AsyncFunctionDef)
             if name in cases:
@@ -848,8 +848,7 @@ def call_what_nobody_calls(trees, entry_point):
                     raise ValueError(f"{name} takes arguments, which only a test runner has")
                 calls.append(f"{run}({name}())")
             elif tree is not trees[0] and not node.decorator_list and not getattr(node, "bases", 0):
-                never.append(node)
-        tree.body = [n for n in tree.body if n not in never]
+                tree.body.remove(node)
         # What the setup defines runs with the last test.
         place = trees[-1] if tree is trees[0] else tree
         place.body += ast.parse("\n".join(calls)).body
