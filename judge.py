@@ -929,9 +929,7 @@ def why_one_process(nodes, names, read):
                 re.findall(r"\w+", ast.unparse(kind))
             ):
                 return f"ask for {ast.unparse(kind)}"
-            case ast.Call(ast.Name(id="hasattr"), [_, ast.Constant(value=str(word))]) if (
-                word.startswith("__")
-            ):
+            case ast.Call(ast.Name("hasattr"), [_, ast.Constant(str(word))]) if word[:2] == "__":
                 return f"ask for {word}"
             case ast.Name(id=word) if word in names and word.endswith(EXCEPTIONS):
                 return f"name the candidate's {word}"
