@@ -901,7 +901,6 @@ def has_tests(node):
 
 
 EXCEPTIONS = ("Error", "Exception", "Warning")
-BUILTINS = vars(builtins).keys()
 CHANGES_IT = """append extend insert remove pop clear update discard setdefault popitem
     appendleft extendleft popleft rotate subtract difference_update intersection_update
     symmetric_difference_update"""
@@ -959,8 +958,8 @@ def judged(kind, made):
 
     Where a class is under test, J raises these two itself for what it cannot ask.
     """
-    kinds = loaded([kind])
-    return not kinds - BUILTINS and not (made and kinds & {"TypeError", "AttributeError"})
+    own = {"TypeError", "AttributeError"} if made else set()
+    return loaded([kind]) <= vars(builtins).keys() - own
 
 
 def changes_what_is_shared(nodes, names, read):
