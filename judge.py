@@ -691,8 +691,7 @@ def environment(remote, called, read, hidden, library):
         env = Names(env)
         env.remote, env.read = remote, read
     if hidden:
-        known = vars(builtins).items()
-        env["__builtins__"] = {name: x for name, x in known if name not in hidden}
+        env["__builtins__"] = {n: x for n, x in vars(builtins).items() if n not in hidden}
     for name in called:  # the tests name a class with a capital letter
         env[name] = (UnderTest if name[:1].isupper() else Proxy)(remote, "g:" + name)
     for name, module in library:
