@@ -486,6 +486,8 @@ class Remote:
             if number is not None:
                 value = self.kept[number] = change(self.kept.get(number), value)
             return value
+        except MemoryError:
+            raise
         except Exception as error:
             raise RuntimeError(f"the candidate's reply makes no sense: {error!r}") from None
 
