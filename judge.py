@@ -768,7 +768,8 @@ def first_name(entry_point):
     return re.match(r"\w*", entry_point or "")[0] or None
 
 
-DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITIONS = (*FUNCTION, ast.ClassDef)
 EARLY = (ast.Import, ast.ImportFrom, ast.ClassDef)  # a candidate's annotations may name them
 BLOCKS = (*DEFINITIONS, ast.If, ast.For, ast.While)
 
