@@ -33,6 +33,7 @@ import json
 import marshal
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -49,6 +50,7 @@ import judge
 import walls
 
 PATIENCE = 20  # seconds on top of four timeouts after which a worker that says nothing is replaced
+MOST_SAID = 1 << 22  # bytes that a job may say of its tests
 FAILURES = ("failed", "error", "timeout", "memory", "output", "syntax")
 # From two threads at once, warnings.catch_warnings would leave the caller's filters changed.
 PARSING = threading.Lock()
@@ -365,13 +367,31 @@ class Worker:
                 line.settimeout(PATIENCE)
                 with contextlib.suppress(ConnectionError):  # U has died before it took the job
                     line.sendall(data[sent:])
+                said = self.listen(line, 4 * timeout + PATIENCE)
                 *report, size = json.loads(self.reports.readline())
                 output = self.reports.read(size)
             except (OSError, ValueError):
                 return None
             if len(output) < size:
                 return None
-            return Outcome(*report, output.decode("utf-8", "replace"), said_on(line))
+            return Outcome(*report, output.decode("utf-8", "replace"), said)
+
+    def listen(self, line, seconds):
+        """All that is said until Z reports: a value for each line, none where one is no JSON."""
+        said, report = bytearray(), select.poll()
+        report.register(self.control, select.POLLIN)
+        line.setblocking(False)
+        for _ in range(int(50 * seconds)):
+            over = report.poll(20)  # milliseconds: the line has room for the words of 278 tests
+            with contextlib.suppress(OSError):
+                while len(said) < MOST_SAID and (part := line.recv(1 << 16)):
+                    said += part
+            if over:
+                break
+        try:
+            return [json.loads(text) for text in said.split(b"\n")[:-1]]
+        except (ValueError, RecursionError):
+            return []
 
     def end(self):
         """End the worker: Z sees that its caller has gone, and S that Z has."""
@@ -385,19 +405,6 @@ class Worker:
     def close(self):
         for thing in (self.reports, self.control, self.core):
             thing.close()
-
-
-def said_on(line):
-    """All that has been said on a socket: a value for each line, nothing where one is no JSON."""
-    data = b""
-    line.setblocking(False)
-    with contextlib.suppress(OSError):
-        while part := line.recv(1 << 16):
-            data += part
-    try:
-        return [json.loads(text) for text in data.split(b"\n")[:-1]]
-    except (ValueError, RecursionError):
-        return []
 
 
 # A wall, and a program that gets to its end only where that wall is missing.

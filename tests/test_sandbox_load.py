@@ -142,6 +142,25 @@ def test_a_program_of_megabytes_is_a_program():
     assert told == list(enumerate(r.status for r in results))
 
 
+@pytest.mark.parametrize("trust", ["split", "in_process"])
+def test_thousands_of_tests_are_counted(trust):
+    tests = [f"assert f({i}) == {i}" for i in range(3000)]
+    options = dict(entry_point="f", trust=trust)
+    assert sandbox.run("def f(x): return x", tests, **options)[:4] == ("passed", True, 3000, 3000)
+    result = sandbox.run("def f(x): return x % 2999", tests, **options)
+    assert result[:4] == ("failed", False, 2999, 3000)
+
+
+def test_a_program_that_floods_the_words_of_its_tests_ends():
+    """In one process it has the line to the caller, which must not read forever."""
+    code = "import os\nwhile True:\n    for fd in range(3, 20):\n        try: os.write(fd, b'1\\n' * 9999)\n        except OSError: pass"
+    start = time.monotonic()
+    result = sandbox.run(
+        code, ["assert f() == 1"], entry_point="f", trust="in_process", timeout=0.5
+    )
+    assert not result.passed and time.monotonic() - start < 20
+
+
 def test_jobs_may_have_their_own_limits():
     results = sandbox.run_many(
         [
