@@ -948,7 +948,7 @@ def why_one_process(nodes, names, read):
                 return f"define the class {node.name}"
             case ast.Compare() if compares_identities(node, names):
                 return "compare identities"
-            case ast.List() | ast.Tuple() | ast.Call() if repeats(node):
+            case ast.List() | ast.Tuple() | ast.Dict() | ast.Call() if repeats(node):
                 return "hold one object twice"
             case ast.BinOp(left=ast.List(elts=[first]), op=ast.Mult()) if not is_constant(first):
                 return "hold one object several times"
@@ -1052,7 +1052,10 @@ def is_constant(node):
 
 def repeats(node):
     """`[row, row]`, but not the targets of an assignment: `_, _, x = f()`."""
-    values = node.args if isinstance(node, ast.Call) else node.elts
+    if isinstance(node, ast.Call):
+        values = [*node.args, *(keyword.value for keyword in node.keywords)]
+    else:
+        values = node.values if isinstance(node, ast.Dict) else node.elts
     names = [value.id for value in values if isinstance(value, ast.Name)]
     return len(set(names)) < len(names) and not isinstance(getattr(node, "ctx", None), ast.Store)
 

@@ -57,6 +57,8 @@ ANSWERS = {
     "a broken version after": (f"{F}python\n{CODE}{F}\nor\n{F}python\ndef solve(xs): return (\n{F}", FULL),
     "imports in another block": (f"{F}python\nfrom heapq import nsmallest\n{F}\n{F}python\ndef solve(xs):\n    return nsmallest(len(xs), xs)\n{F}", BARE),
     "a helper in another block": (f"{F}python\ndef mine(xs):\n    return sorted(xs)\n{F}\n{F}python\ndef solve(xs):\n    return mine(xs)\n{F}", BARE),
+    "thoughts without a start": (f"Is it xs?\n{F}python\ndef solve(xs): return xs\n{F}\n</think>\n{CODE}", FULL),
+    "a method's body without its indent": ("if not xs:\n    return []\nreturn sorted(xs)\n", CLASS),
     "thoughts before": (f"<think>\n{F}python\ndef solve(xs): return 0\n{F}\n</think>\n{F}python\n{CODE}{F}", FULL),
     "words before and after": (f"Sure! Here is the function:\n\n{CODE}\nThis function sorts the list.\n", FULL),
     "words after a body": (f"{BODY}\nThis function sorts the list.\n", FULL),
