@@ -262,7 +262,6 @@ STYLES = {
     "one list twice in a tuple": ("def f(t): t[0].append(1); return t[1]", ("t[0].append(1); ", ""), "a = []\nassert f((a, a)) == [1]", "", "in_process"),
     "one list several times": ("def f(t): t[0].append(1); return t[1]", ("t[0].append(1); ", ""), "a = []\nassert f([a] * 2) == [1]", "", "in_process"),
     "not the same list": ("def f(x): return x[:]", ("x[:]", "x"), "a = [1]\nassert f(a) is not a", "", "in_process"),
-    "a TestCase by another name": (*DOUBLE, "from unittest import TestCase as Case\nclass Doubles(Case):\n    def test_it(self): self.assertEqual(f(2), 4)", "", "split"),
     "a module's setup with a helper": (*DOUBLE, "def two(): return 2\ndef setUpModule():\n    global n\n    n = two()\nclass TestF:\n    def test_it(self): assert f(n) == 4", "", "split"),
     "a generic class": ("from typing import Generic, TypeVar\nT = TypeVar('T')\nclass Stack(Generic[T]):\n    def __init__(self): self.a = []\n    def push(self, x): self.a.append(x)\n    def index(self, x): return self.a.index(x)\n    def __contains__(self, x): return x in self.a", ("append(x)", "append(-x)"), "s = Stack[int]()\ns.push(1)\ns.push(2)\nassert 2 in s and s.index(2) == 1", "", "in_process"),
     "the type of an object": ("class Box: pass\nclass Other: pass\ndef f(): return Box()", ("return Box", "return Other"), "assert type(f()) == Box", "", "in_process"),
