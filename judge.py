@@ -33,7 +33,6 @@ import sys
 import warnings
 from decimal import Decimal
 from os import read, write
-from types import SimpleNamespace
 
 MAX_MESSAGE = 16 << 20  # bytes of one message between J and U
 MAX_DEPTH = 200  # nesting of one value
@@ -237,11 +236,21 @@ class Line:
 # ---------------------------------------- U: runs the candidate and answers J
 
 
+class Source:
+    """For inspect: the text of the module."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def get_source(self, name):
+        return self.code
+
+
 def make_module(code, name="solution"):
     """The candidate's module, as `solution` and as `__main__` (for pickle and dataclasses)."""
     module = type(sys)(name)
     module.__file__ = "solution.py"
-    module.__loader__ = SimpleNamespace(get_source=lambda name: code)
+    module.__loader__ = Source(code)
     sys.modules["solution"] = sys.modules["__main__"] = module
     return module
 
@@ -356,8 +365,11 @@ class Answers:
         kept before.
         """
         real = unpack(args, self.find)
-        count = len(real) - len(names)
-        value = ACTIONS[action](*real[:count], **dict(zip(names, real[count:])))
+        if names:
+            count = len(real) - len(names)
+            value = ACTIONS[action](*real[:count], **dict(zip(names, real[count:])))
+        else:
+            value = ACTIONS[action](*real)
         shared = isinstance(value, CHANGEABLE) and sys.getrefcount(value) > 2  # our name, its own
         packed = pack(value, self.keep)
         changes = self.changes() if self.kept else {}
@@ -468,7 +480,8 @@ class Remote:
                 if kind is UnderTest or key in asked:
                     del self.lengths[key]
                     self.yielded.discard(key)
-        args += tuple(kwargs.values())
+        if kwargs:
+            args += tuple(kwargs.values())
         sent = [{"h": x._key} if isinstance(x, Proxy) else pack(x, self.refuse) for x in args]
         self.number += 1
         kind, *parts = self.reply(message([self.number, action, sent, list(kwargs)]))
@@ -1123,7 +1136,7 @@ def run_case(case):
 
 
 def run_tests(
-    codes, seed, env, over, say, exec=exec, Failed=AssertionError, Any=BaseException, tell=describe
+    codes, seed, env, remote, say, exec=exec, Fail=AssertionError, Any=BaseException, tell=describe
 ):
     """Run the compiled setup and tests in env, and say what came of each test.
 
@@ -1141,11 +1154,11 @@ def run_tests(
             if number == 0:
                 exec(setup, env)
             exec(test, env)
-        except Failed as error:
+        except Fail as error:
             found = ["failed", tell(error)]
         except Any as error:
             found = ["memory" if isinstance(error, MemoryError) else "error", tell(error)]
-        if over():
+        if remote.over:
             return
         say(1 if not found else 0 if said_first else found)
         said_first = said_first or bool(found)
@@ -1166,7 +1179,7 @@ def judge(size, line, link):
         return
     if failure is not None:
         return say({"failure": failure})
-    run_tests(codes, seed, env, lambda: remote.over, say)
+    run_tests(codes, seed, env, remote, say)
     if type(remote.over) is CannotSend:
         say({"one_process": str(remote.over)})
     elif not remote.over:
@@ -1184,7 +1197,7 @@ def run_together(size, line):
     if failure:
         return say({"failure": failure})
     module.run_case = run_case
-    run_tests(codes, seed, module.__dict__, bool, say)
+    run_tests(codes, seed, module.__dict__, Remote(None), say)
     sys.stdout.flush()
     say({"asked": 1, "token": token})
 

@@ -440,7 +440,6 @@ class Job:
         """
         # New for each job: a program may change their flags.
         output, theirs = os.pipe()
-        os.set_blocking(output, False)
         null = os.open("/dev/null", os.O_RDWR)
         watched = select.poll()
         watched.register(caller, select.POLLRDHUP)
@@ -450,11 +449,11 @@ class Job:
             os.close(fd)
         reason = self.watch(watched, caller, output)
         status, judge_status, seconds = self.end()
-        os.close(theirs)  # only now: an end of the pipe would wake Z once more
-        with contextlib.suppress(BlockingIOError):  # an end may be on its way through a socket
-            while self.printed < self.kept and self.read(output):
-                pass  # nobody is left who could write
+        # Nobody is left who could write. A copy of `theirs` may be on its way through a socket.
+        while self.printed < self.kept and dict(watched.poll(0)).get(output, 0) & select.POLLIN:
+            self.read(output)
         os.close(output)
+        os.close(theirs)
         if reason == "ended" and (seconds > self.cpu or status == signal.SIGXCPU):
             reason = "timeout"  # by its children, too
         kept = min(self.printed, self.kept)
@@ -462,14 +461,13 @@ class Job:
 
     def read(self, output):
         """Read on, into memory that the kernel takes back with the job: what Z holds of a program's
-        output, a later program could find. Returns the number of bytes.
+        output, a later program could find.
         """
         if not self.output:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             self.output = mmap.mmap(-1, MAX_OUTPUT + PIPE_SIZE, flags)
-        count = os.readv(output, [memoryview(self.output)[self.printed : self.printed + PIPE_SIZE]])
-        self.printed += count
-        return count
+        rest = memoryview(self.output)[self.printed :]
+        self.printed += os.readv(output, [rest[:PIPE_SIZE]])
 
     def fork(self, null, output):
         """Fork J, if the tests are its, and U."""
@@ -516,9 +514,9 @@ class Job:
                 left = min(self.cpu - time.clock_gettime(clock), wall)
                 reason = "timeout" if left <= 0 else None
         if reason == "ended" and other not in ready:  # J may still say how far it has come
-            for fd in (caller, output, candidate):
-                watched.unregister(fd)
-            watched.poll(1000)
+            last = select.poll()
+            last.register(other, select.POLLIN)
+            last.poll(1000)
         os.close(candidate)
         if self.judge:
             os.close(other)
