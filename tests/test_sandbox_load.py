@@ -161,6 +161,12 @@ def test_a_program_that_floods_the_words_of_its_tests_ends():
     assert not result.passed and time.monotonic() - start < 20
 
 
+def test_a_program_of_megabytes_is_a_program_for_split_tests_too():
+    code = "#" * (17 << 20) + "\ndef f(x): return x"
+    result = sandbox.run(code, ["assert f(1) == 1"], entry_point="f", timeout=9.0)
+    assert result.passed and result.trust == "split", result
+
+
 def test_jobs_may_have_their_own_limits():
     results = sandbox.run_many(
         [

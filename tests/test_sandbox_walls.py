@@ -730,7 +730,7 @@ def test_children_that_hide_their_time_have_the_wall_limit():
 
 
 def test_devices_carry_nothing_from_run_to_run():
-    """Neither locks on stderr's open file, where a stdin program has none, nor times of devices."""
+    """Neither locks and flags of stderr's open file, which is no pipe here, nor times of devices."""
     code = (
         "import fcntl, os, struct\n"
         "def lock(fd, call, byte):\n"
@@ -738,10 +738,12 @@ def test_devices_carry_nothing_from_run_to_run():
         "    answer = fcntl.fcntl(fd, call, struct.pack(form, fcntl.F_WRLCK, 0, byte, 1, 0))\n"
         "    return struct.unpack(form, answer)[0] != fcntl.F_UNLCK\n"
         "null = os.open('/dev/null', os.O_RDWR)\n"
-        "print([byte for byte in range(20) if lock(null, fcntl.F_OFD_GETLK, byte)], input())\n"
-        "lock(2, fcntl.F_OFD_SETLK, 7)"
+        "seen = [byte for byte in range(20) if lock(null, fcntl.F_OFD_GETLK, byte)]\n"
+        "print(seen, os.get_blocking(2), input())\n"
+        "lock(2, fcntl.F_OFD_SETLK, 7)\n"
+        "os.set_blocking(2, False)"
     )
-    result = sandbox.run(code, [{"input": str(i), "output": f"[] {i}"} for i in range(3)])
+    result = sandbox.run(code, [{"input": str(i), "output": f"[] True {i}"} for i in range(3)])
     assert result.passed, result
     for device in ("null", "zero", "random", "urandom"):
         status, error = inside(attempt(f"os.utime('/dev/{device}')", "import os"))[:2]
