@@ -167,6 +167,12 @@ def test_a_program_of_megabytes_is_a_program_for_split_tests_too():
     assert result.passed and result.trust == "split", result
 
 
+def test_tests_of_megabytes_are_read_in_linear_time():
+    tests = ["x = '" + "a" * 60_000_000 + "'\nassert f(1) == 1"]
+    options = dict(entry_point="f", trust="in_process")
+    assert sandbox.run("def f(x): return x", tests, **options).passed
+
+
 def test_jobs_may_have_their_own_limits():
     results = sandbox.run_many(
         [
