@@ -1,9 +1,9 @@
 """Who holds the tests and who compares. Used by sandbox.py; walls.py forks the processes.
 
-    caller ── code, tests ──> J  holds the tests, asks the candidate, compares with its own builtins
-       ^                      │  requests: "call f with these values"; replies: plain data, as JSON
-       └────── verdict ───────┤
-                              └──> U  holds the candidate's code, and nothing else
+    caller ── tests ──> J  holds the tests, asks the candidate, compares with its own builtins
+     │  ^               │  requests: "call f with these values"; replies: plain data, as JSON
+     │  └─── verdict ───┤
+     └── code ──────────┴──> U  holds the candidate's code, and nothing else
 
 What U answers is data: it can be wrong, and it is never a verdict. What is no plain data (a class
 under test, a generator) stays in U. J holds a Proxy for it, which never equals plain data.
@@ -303,7 +303,7 @@ ACTIONS["method"] = lambda x, name, /, *args, **kwargs: getattr(x, name)(*args, 
 def answer(size, line):
     """All of U: take the code, run it, then answer J's requests until it hangs up."""
     judge = Line(line)
-    code = judge.receive(1 << 62)
+    code = judge.receive(1 << 62)  # a program may be larger than a message
     module = make_module(code)
     flush = sys.stdout.flush
     failure = load(code, module)
@@ -538,7 +538,10 @@ def change(old, new):
         if isinstance(old, dict):
             new = {k: change(old.get(k), v) for k, v in new.items()}
         old.clear()
-        (old.update if isinstance(old, (dict, set)) else old.extend)(new)
+        if isinstance(old, (dict, set)):
+            old.update(new)
+        else:
+            old.extend(new)
     elif type(old).__name__ == "ndarray" and old.shape == new.shape:
         old[...] = new
     elif type(old).__name__ == "array":

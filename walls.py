@@ -381,7 +381,7 @@ def serve_jobs(control, keeper, paths, scratch, namespaces):
             empty = scratch_state(*places)
         control.sendall(report)
         if job.printed:
-            control.sendall(memoryview(job.output)[: min(job.printed, job.kept)])
+            control.sendall(memoryview(job.output)[: job.printed])
 
 
 def rehearse():
@@ -456,8 +456,8 @@ class Job:
         os.close(theirs)
         if reason == "ended" and (seconds > self.cpu or status == signal.SIGXCPU):
             reason = "timeout"  # by its children, too
-        kept = min(self.printed, self.kept)
-        return f'["{reason}", {status}, {judge_status}, {seconds}, {kept}]\n'.encode()
+        self.printed = min(self.printed, self.kept)
+        return f'["{reason}", {status}, {judge_status}, {seconds}, {self.printed}]\n'.encode()
 
     def read(self, output):
         """Read on, into memory that the kernel takes back with the job: what Z holds of a program's
